@@ -1,0 +1,1 @@
+"""Benchmarks: every figure that is claimed anywhere comes from one of these."""

@@ -1,0 +1,1 @@
+"""The REST gateway: HTTP in, job records and event streams out."""

@@ -1,0 +1,1 @@
+"""The scheduler: a pure core (events in, commands out) and a thin shell around it."""

@@ -1,0 +1,1 @@
+"""The UNet worker: text encoding, denoising slots, latents."""

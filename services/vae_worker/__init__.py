@@ -1,0 +1,1 @@
+"""The VAE worker: chunked decoding and image encoding."""

@@ -1,0 +1,1 @@
+"""What the services share: messages, keys, streams, the tensor pool, settings, errors."""

@@ -1,0 +1,462 @@
+"""Every message on the wire, grouped by who receives it.
+
+Commands are imperative, events past tense. All are plain frozen values; `shared.codec` turns them
+into msgpack and back. Each is idempotent for its receiver: redelivery, reordering and restarts are
+settled by `attempt`, `step_index`, `seq` and `epoch`, never by trust in exactly-once transport.
+
+Words:
+    request_id: one image. job_id: one HTTP request, of n images with consecutive seeds.
+    attempt: an opaque token "EPOCH-NUMBER"; a request's record names the current one.
+    epoch: a scheduler's life; workers ignore commands of an older one.
+    incarnation: a worker process's life; its streams are named after it.
+    step_index: the next UNet forward of a request, from 0 to its num_forwards.
+    seq: the number of a slot on one UNet worker, ascending within an incarnation.
+Instants (`*_at`) are seconds since the Unix epoch; durations carry their unit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageParameters:
+    """What a picture is made from; checked by the gateway, complete (no defaults left open).
+
+    height, width: pixels. guidance_scale: 1 or less means unguided. guidance_skip: "off",
+    "balanced" or "fast". output_compression: 0 to 100, for jpeg and webp.
+    """
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    sampler: str
+    guidance_skip: str
+    output_format: str
+    output_compression: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorHandle:
+    """Where a tensor lies, in some 100 bytes.
+
+    kind: "shm", "cuda_ipc" or "inline". pool: the pool's name. owner: the producer's incarnation.
+    host: boot id and IPC namespace, so that a consumer elsewhere does not even try. slot,
+    generation: the place in the pool and its turn. shape, dtype: of the tensor ("float32", ...).
+    inline_key: the Redis key of the expiring copy, empty where there is none.
+    """
+
+    kind: str
+    pool: str
+    owner: str
+    host: str
+    slot: int
+    generation: int
+    shape: tuple[int, ...]
+    dtype: str
+    inline_key: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotRow:
+    """One request's part in a slot: its next forward, guided in full unless `skip` is asked for."""
+
+    request_id: str
+    attempt: str
+    step_index: int
+    skip: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowReport:
+    """What became of one `SlotRow`.
+
+    has_run: whether the forward was done. next_step_index: the step the worker holds now, -1 if it
+    does not hold this attempt. was_skipped: the guidance was extrapolated. can_skip: the request's
+    next guided step may be skipped. skip_error: relative error of the extrapolated guidance at the
+    last full step, 0 where not measured.
+    """
+
+    request_id: str
+    attempt: str
+    has_run: bool
+    next_step_index: int
+    was_skipped: bool = False
+    can_skip: bool = False
+    skip_error: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowFailure:
+    """A request that failed inside a slot, alone; its neighbours went on."""
+
+    request_id: str
+    attempt: str
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldRequest:
+    """A request whose latents a UNet worker holds between slots."""
+
+    request_id: str
+    attempt: str
+    step_index: int
+    num_forwards: int
+    is_guided: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What a model folder can do, as its worker read it; the gateway's limits come from here.
+
+    default_height, default_width, max_side and side_multiple in pixels; max_prompt_tokens without
+    the two markers that begin and end every prompt.
+    """
+
+    model_id: str
+    latent_channels: int
+    vae_scale_factor: int
+    default_height: int
+    default_width: int
+    side_multiple: int
+    max_side: int
+    max_prompt_tokens: int
+    prediction_type: str
+    samplers: tuple[str, ...]
+    default_sampler: str
+    max_steps_by_sampler: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """How a worker introduces itself.
+
+    kind: "unet" or "vae". worker_id survives a restart, incarnation does not. device_group: who
+    shares its physical device. host: as in `TensorHandle`. device: "cpu" or "cuda:UUID". threads:
+    CPU threads it may use. max_requests: requests it can hold. step_ms: median slot time by rows,
+    alone, at the default size. decode_ms: median whole decode, alone. num_chunks: chunks a decode
+    is cut into. pool: its tensor pool's name, empty if it has none.
+    """
+
+    worker_id: str
+    incarnation: str
+    kind: str
+    device_group: str
+    host: str
+    device: str
+    dtype: str
+    threads: int
+    max_requests: int
+    model: ModelInfo
+    step_ms: dict[int, float] = field(default_factory=dict)
+    decode_ms: float = 0.0
+    num_chunks: int = 1
+    pool: str = ""
+
+
+# --- to the scheduler ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateImage:
+    """Make one image. Stays in the request stream until its request is final.
+
+    priority: higher goes first. deadline_ms: after submission, 0 for none. owner: whose share of
+    the service it draws on.
+    """
+
+    request_id: str
+    job_id: str
+    owner: str
+    priority: int
+    deadline_ms: int
+    submitted_at: float
+    parameters: ImageParameters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestCancelled:
+    """The gateway has set the request's final state to cancelled; free what it holds."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerRegistered:
+    """A worker is there, or is there again after its registration had lapsed."""
+
+    worker: WorkerInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLost:
+    """A worker's heartbeat has lapsed, or it has said goodbye."""
+
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerDraining:
+    """A worker was told to stop: give it nothing new."""
+
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerAnnounced:
+    """A worker's answer to `BeginEpoch`: everything it holds.
+
+    held: unfinished requests. finished: latents waiting in its pool. decoding: (request_id,
+    attempt) pairs at a VAE worker.
+    """
+
+    incarnation: str
+    epoch: int
+    held: tuple[HeldRequest, ...] = ()
+    finished: tuple[LatentsFinished, ...] = ()
+    decoding: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestAdmitted:
+    """The prompt is encoded and the latents are resident; forwards may be scheduled."""
+
+    incarnation: str
+    request_id: str
+    attempt: str
+    num_forwards: int
+    is_guided: bool
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotDenoised:
+    """A slot is over. duration_ms: on the compute thread, without waiting."""
+
+    incarnation: str
+    epoch: int
+    seq: int
+    duration_ms: float
+    rows: tuple[RowReport, ...]
+    failures: tuple[RowFailure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentsFinished:
+    """A request's denoising is done and its latents lie in the worker's pool."""
+
+    incarnation: str
+    request_id: str
+    attempt: str
+    handle: TensorHandle
+    skipped_steps: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunksDecoded:
+    """A decode has come so far. duration_ms: of the chunks since the last report."""
+
+    incarnation: str
+    request_id: str
+    attempt: str
+    chunks_done: int
+    duration_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageDecoded:
+    """The image is committed: its request is final. transport: the handle kind that served."""
+
+    incarnation: str
+    request_id: str
+    attempt: str
+    decode_ms: float
+    transport: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandleLost:
+    """Neither the handle nor the inline copy could be read: the request starts again."""
+
+    incarnation: str
+    request_id: str
+    attempt: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestFailed:
+    """A worker can't go on with this request, and another try would not help.
+
+    code: as in `shared.errors`. reason: in words for the client.
+    """
+
+    incarnation: str
+    request_id: str
+    attempt: str
+    code: str
+    reason: str
+
+
+# --- to a UNet worker ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmitRequest:
+    """Encode the prompt and draw the latents."""
+
+    epoch: int
+    request_id: str
+    attempt: str
+    parameters: ImageParameters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenoiseSlot:
+    """One batched UNet forward.
+
+    kind: "alone" or "beside" (decode chunks run next to it). threads: for the compute thread, 0
+    leaves the library's default.
+    """
+
+    epoch: int
+    seq: int
+    kind: str
+    threads: int
+    rows: tuple[SlotRow, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseRequest:
+    """Forget a request: cancelled, failed or moved. An older attempt's release changes nothing."""
+
+    epoch: int
+    request_id: str
+    attempt: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseLatents:
+    """The commit has made this pool slot free; sent by the commit itself."""
+
+    slot: int
+    generation: int
+
+
+# --- to a VAE worker -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeLatents:
+    """Decode and commit one image, as far as chunks are granted.
+
+    metadata: text for the picture's file, written as it stands. release_to: the producer's control
+    stream. granted_chunks: chunks that may start at once, threads: for them (0: the default).
+    """
+
+    epoch: int
+    request_id: str
+    attempt: str
+    handle: TensorHandle
+    output_format: str
+    output_compression: int
+    metadata: dict[str, str]
+    release_to: str
+    granted_chunks: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrantChunks:
+    """More chunks for a decode, to start when the slot `beside_seq` runs (-1: at once)."""
+
+    epoch: int
+    request_id: str
+    attempt: str
+    chunks: int
+    threads: int
+    beside_seq: int = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelDecode:
+    """Stop at the next chunk."""
+
+    epoch: int
+    request_id: str
+    attempt: str
+
+
+# --- to any worker -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeginEpoch:
+    """A new scheduler is in charge: announce what you hold."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """Take nothing new, finish what you have, leave."""
+
+    epoch: int
+
+
+# --- to the gateways -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestProgress:
+    """How far one request is. state: as in the request's record."""
+
+    request_id: str
+    state: str
+    step: int
+    num_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestsProgressed:
+    """Progress of every request that a slot or an admission has moved."""
+
+    items: tuple[RequestProgress, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestFinished:
+    """A request has its final state: "done", "failed" or "cancelled". Read its record."""
+
+    request_id: str
+    state: str
+
+
+ToScheduler = (
+    GenerateImage
+    | RequestCancelled
+    | WorkerRegistered
+    | WorkerLost
+    | WorkerDraining
+    | WorkerAnnounced
+    | RequestAdmitted
+    | SlotDenoised
+    | LatentsFinished
+    | ChunksDecoded
+    | ImageDecoded
+    | HandleLost
+    | RequestFailed
+)
+ToUnetWorker = AdmitRequest | DenoiseSlot | ReleaseRequest | ReleaseLatents | BeginEpoch | Drain
+ToVaeWorker = DecodeLatents | GrantChunks | CancelDecode | BeginEpoch | Drain
+ToGateway = RequestsProgressed | RequestFinished
+Message = ToScheduler | ToUnetWorker | ToVaeWorker | ToGateway

@@ -1,0 +1,133 @@
+"""Settings of every service, read once at its start from `SYNERDIFF_*` environment variables.
+
+A bad value stops the start and is named with what it should have been.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared.errors import ConfigurationError
+from shared.records import Retention
+
+PolicyName = Literal["continuous-serial", "continuous-parallel"]
+
+
+class ServiceSettings(BaseSettings):
+    """What every service needs. metrics_port: 0 serves no metrics of its own."""
+
+    model_config = SettingsConfigDict(env_prefix="SYNERDIFF_", frozen=True, extra="ignore")
+
+    redis_url: str = Field("redis://localhost:6379/0", pattern=r"^(redis|rediss|unix)://")
+    log_format: Literal["text", "json"] = "text"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    metrics_port: int = Field(0, ge=0, le=65535)
+    image_ttl_s: int = Field(3_600, ge=1)
+    record_ttl_s: int = Field(86_400, ge=1)
+    image_budget_mb: int = Field(1_024, ge=1)
+
+    @property
+    def retention(self) -> Retention:
+        """How long results stay."""
+        return Retention(
+            image_ttl_s=self.image_ttl_s,
+            record_ttl_s=self.record_ttl_s,
+            image_budget_bytes=self.image_budget_mb << 20,
+        )
+
+
+class GatewaySettings(ServiceSettings):
+    """max_open_requests: images accepted and not final. request_timeout_s: of a waiting client."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    max_open_requests: int = Field(2_000, ge=1)
+    max_body_kb: int = Field(1_024, ge=1)
+    request_timeout_s: float = Field(600.0, gt=0)
+    default_steps: int = Field(25, ge=1)
+    default_guidance_scale: float = Field(5.0, ge=0)
+    default_guidance_skip: Literal["off", "balanced", "fast"] = "balanced"
+    default_sampler: str = ""
+    max_steps: int = Field(150, ge=1)
+    max_side: int = Field(1_024, ge=8)
+
+
+class SchedulerSettings(ServiceSettings):
+    """max_rows: cap on a slot's rows, 0 leaves it to the profile. max_attempts: before giving up."""
+
+    policy: PolicyName = "continuous-parallel"
+    max_rows: int = Field(0, ge=0)
+    max_attempts: int = Field(5, ge=1)
+    recovery_s: float = Field(3.0, gt=0)
+
+
+class WorkerSettings(ServiceSettings):
+    """What both kinds of worker need. worker_id, device_group: empty derives them from the host."""
+
+    worker_id: str = ""
+    device_group: str = ""
+    model: Path = Path("models/emoji")
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: int = Field(0, ge=0)
+    heartbeat_ttl_ms: int = Field(5_000, ge=500)
+    transport: Literal["auto", "inline"] = "auto"
+
+
+class UnetWorkerSettings(WorkerSettings):
+    """max_requests: resident at once. pool_slots: finished latents waiting to be decoded."""
+
+    max_requests: int = Field(64, ge=1)
+    pool_slots: int = Field(128, ge=1)
+    pool_slot_kb: int = Field(256, ge=1)
+    inline_copy_kb: int = Field(256, ge=0)
+    latents_ttl_s: int = Field(600, ge=1)
+
+
+class VaeWorkerSettings(WorkerSettings):
+    """num_chunks: chunks a decode is cut into."""
+
+    num_chunks: int = Field(4, ge=1, le=64)
+
+
+S = TypeVar("S", bound=ServiceSettings)
+
+
+def load_settings(kind: type[S]) -> S:
+    """The settings of one service from the environment.
+
+    Raises:
+        ConfigurationError: Names every variable that is wrong, its value and what it should be.
+    """
+    try:
+        return kind()
+    except ValidationError as error:
+        lines = [
+            f"SYNERDIFF_{'_'.join(str(part) for part in issue['loc']).upper()}="
+            f"{issue.get('input')!r}: {issue['msg']}"
+            for issue in error.errors()
+        ]
+        raise ConfigurationError("; ".join(lines)) from error
+
+
+def available_threads() -> int:
+    """CPU threads this process may use: its affinity, cut to the cgroup's quota, at least 1.
+
+    torch ignores the quota; a worker with more threads than quota is throttled in bursts.
+    """
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, min(cores, _cgroup_quota(cores)))
+
+
+def _cgroup_quota(cores: int) -> int:
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else -(-int(quota) // int(period))

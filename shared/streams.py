@@ -1,0 +1,156 @@
+"""Typed message streams over Redis, and the connection they share.
+
+Every stream here has one reader, so plain reads from a remembered position serve and no consumer
+group stands between: an entry stays until its reader deletes it, and a restarted reader begins
+again at the beginning. Stop flags, not cancellation, end a blocking read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, cast
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.commands.core import AsyncScript
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from shared import codec, keys
+from shared.errors import ProtocolError
+from shared.messages import Message
+
+SOCKET_TIMEOUT_S = 10.0
+"""Above any BLOCK we use, or an idle blocking read would look like a dead server."""
+
+MAX_BLOCK_MS = 1_000
+"""Longest blocking read; a stop flag is noticed within it."""
+
+
+def connect(url: str, *, max_connections: int = 32) -> Redis:
+    """A client that rides out a server restart: every command is retried for about half a minute.
+
+    Retrying is safe because every message is idempotent for its receiver.
+    """
+    return Redis.from_url(
+        url,
+        protocol=2,
+        max_connections=max_connections,
+        socket_timeout=SOCKET_TIMEOUT_S,
+        socket_connect_timeout=5.0,
+        health_check_interval=15,
+        retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), retries=35),
+        retry_on_error=[RedisConnectionError, RedisTimeoutError],
+    )
+
+
+@cache
+def _source(name: str) -> str:
+    return resources.files("shared").joinpath("lua", f"{name}.lua").read_text()
+
+
+def script(redis: Redis, name: str) -> AsyncScript:
+    """The Lua script `shared/lua/NAME.lua`, bound to a client."""
+    return redis.register_script(_source(name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A message and its place in its stream."""
+
+    stream: str
+    entry_id: str
+    message: Message
+
+
+class Streams:
+    """Sends and reads typed messages.
+
+    Args:
+        redis: The connection; the caller owns it.
+    """
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._forward = script(redis, "forward")
+
+    async def send(self, stream: str, *messages: Message) -> None:
+        """Append messages in order; created if need be (`keys` says whose streams may be)."""
+        async with self._redis.pipeline(transaction=True) as pipeline:
+            for message in messages:
+                pipeline.xadd(stream, {"m": codec.encode(message)})
+            await pipeline.execute()
+
+    async def send_to_workers(self, items: Sequence[tuple[str, Message]]) -> None:
+        """Append (stream, message) pairs in order; a stream that is gone swallows its message."""
+        if not items:
+            return
+        async with self._redis.pipeline(transaction=True) as pipeline:
+            for stream, message in items:
+                pipeline.xadd(stream, {"m": codec.encode(message)}, nomkstream=True)
+            await pipeline.execute()
+
+    async def notify(self, message: Message) -> None:
+        """Put a message on the gateways' notice board."""
+        await self._redis.xadd(
+            keys.EVENTS, {"m": codec.encode(message)}, maxlen=4096, approximate=True
+        )
+
+    async def read(
+        self, positions: Mapping[str, str], *, count: int, block_ms: int | None = None
+    ) -> list[Entry]:
+        """Entries after the given position of each stream, oldest first within a stream.
+
+        An entry that can't be decoded is moved to the dead letters and left out.
+
+        Args:
+            positions: The last entry id seen, by stream; "0" for the beginning.
+            count: At most so many entries a stream.
+            block_ms: Wait this long for the first (at most `MAX_BLOCK_MS`); None does not wait.
+        """
+        answer: Any = await self._redis.xread(
+            cast("Any", dict(positions)), count=count, block=block_ms
+        )
+        entries: list[Entry] = []
+        for raw_name, batch in answer or []:
+            name = raw_name.decode()
+            for raw_id, fields in batch:
+                entry_id = raw_id.decode()
+                try:
+                    message = codec.decode(fields.get(b"m", b""))
+                except ProtocolError as error:
+                    await self._bury(name, entry_id, fields, str(error))
+                    continue
+                entries.append(Entry(stream=name, entry_id=entry_id, message=message))
+        return entries
+
+    async def delete(self, stream: str, entry_ids: Iterable[str]) -> None:
+        """Drop handled entries."""
+        ids = list(entry_ids)
+        if ids:
+            await self._redis.xdel(stream, *ids)
+
+    async def forward(
+        self, source: str, entry_ids: Sequence[str], destination: str, messages: Sequence[Message]
+    ) -> None:
+        """Publish what handling the entries has begotten and delete them, atomically."""
+        payloads = [codec.encode(message) for message in messages]
+        await self._forward(
+            keys=[source, destination], args=[len(entry_ids), *entry_ids, *payloads]
+        )
+
+    async def _bury(
+        self, stream: str, entry_id: str, fields: Mapping[bytes, bytes], reason: str
+    ) -> None:
+        async with self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.xadd(
+                keys.DEAD_LETTERS,
+                {"stream": stream, "reason": reason, "m": fields.get(b"m", b"")},
+                maxlen=1000,
+            )
+            pipeline.xdel(stream, entry_id)
+            await pipeline.execute()
