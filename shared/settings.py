@@ -59,7 +59,7 @@ class GatewaySettings(ServiceSettings):
 
 
 class SchedulerSettings(ServiceSettings):
-    """max_rows: cap on a slot's rows, 0 leaves it to the profile. max_attempts: before giving up."""
+    """max_rows: cap on a slot, 0 leaves it to the profile. max_attempts: before giving up."""
 
     policy: PolicyName = "continuous-parallel"
     max_rows: int = Field(0, ge=0)
