@@ -1,0 +1,36 @@
+"""Fixtures for every test."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+import pytest_asyncio
+from redis.asyncio import Redis
+from redis_server import RedisServer
+
+from shared.streams import connect
+
+
+@pytest.fixture(scope="session")
+def redis_process() -> Iterator[RedisServer]:
+    """One server process for the whole run; tests take `redis_server` instead."""
+    server = RedisServer()
+    server.start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def redis_server(redis_process: RedisServer) -> RedisServer:
+    """A running Redis-protocol server that holds nothing; it may be killed and started again."""
+    redis_process.flush()
+    return redis_process
+
+
+@pytest_asyncio.fixture
+async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
+    """A connection to `redis_server`, as the services make it."""
+    client = connect(redis_server.url)
+    yield client
+    await client.aclose()
