@@ -215,15 +215,14 @@ class WorkerDraining:
 class WorkerAnnounced:
     """A worker's answer to `BeginEpoch`: everything it holds.
 
-    held: unfinished requests. finished: latents waiting in its pool. decoding: (request_id,
-    attempt) pairs at a VAE worker.
+    held: unfinished requests. finished: latents waiting in its pool. A VAE worker drops its decodes
+    at a new epoch and announces nothing: a decode is short, and its latents are still there.
     """
 
     incarnation: str
     epoch: int
     held: tuple[HeldRequest, ...] = ()
     finished: tuple[LatentsFinished, ...] = ()
-    decoding: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -359,20 +358,18 @@ class ReleaseLatents:
 class DecodeLatents:
     """Decode and commit one image, as far as chunks are granted.
 
-    metadata: text for the picture's file, written as it stands. release_to: the producer's control
-    stream. granted_chunks: chunks that may start at once, threads: for them (0: the default).
+    parameters: for the picture's format and the text in its file; no pixel depends on the rest.
+    release_to: the producer's control stream.
     """
 
     epoch: int
     request_id: str
     attempt: str
     handle: TensorHandle
-    output_format: str
-    output_compression: int
-    metadata: dict[str, str]
+    parameters: ImageParameters
+    skipped_steps: tuple[int, ...]
+    warnings: tuple[str, ...]
     release_to: str
-    granted_chunks: int
-    threads: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,272 @@
+"""The scheduler's shell: gather events from Redis, ask the core, carry out its commands."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any, cast
+
+from redis.asyncio import Redis
+
+from services.scheduler.commands import (
+    BeginAttempt,
+    Command,
+    FailRequest,
+    ForgetWorker,
+    ReportProgress,
+    RestartRequest,
+    Send,
+)
+from services.scheduler.core import Core, CoreSettings
+from services.scheduler.events import RequestRecovered, Tick
+from services.scheduler.policies import make_policy
+from shared import codec, keys, metrics
+from shared.errors import SynerDiffError
+from shared.logs import get_logger
+from shared.messages import (
+    DenoiseSlot,
+    GenerateImage,
+    ImageDecoded,
+    LatentsFinished,
+    Message,
+    RequestsProgressed,
+    WorkerInfo,
+    WorkerLost,
+    WorkerRegistered,
+)
+from shared.records import Records
+from shared.settings import SchedulerSettings
+from shared.streams import Streams
+
+LEASE_MS = 2_000
+HOUSEKEEPING_S = 0.5
+STATUS_TTL_S = 5
+
+log = get_logger()
+
+
+class EpochEndedError(SynerDiffError):
+    """Another scheduler is in charge, or Redis came back as another; a fresh start follows."""
+
+    code = "epoch_ended"
+
+
+class SchedulerService:
+    """One scheduler process.
+
+    Args:
+        redis: The connection; the caller owns it.
+        settings: As read at the start.
+    """
+
+    def __init__(self, redis: Redis, settings: SchedulerSettings) -> None:
+        self._redis = redis
+        self._settings = settings
+        self._streams = Streams(redis)
+        self._records = Records(redis, settings.retention)
+        self._token = uuid.uuid4().hex
+        self._run_id = ""
+        self._core: Core
+        self._positions = {keys.SCHEDULER: "0", keys.REQUESTS: "0"}
+        self._is_stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """End `run` at the next opportunity."""
+        self._is_stopping.set()
+
+    async def run(self) -> None:
+        """Wait for the lease, begin an epoch, and schedule until stopped.
+
+        Raises:
+            EpochEndedError: The epoch is over though nobody stopped it; start the process again.
+        """
+        if not await self._wait_for_lease():
+            return
+        self._run_id = await self._read_run_id()
+        await self._begin_epoch()
+        next_housekeeping = 0.0
+        while not self._is_stopping.is_set():
+            entries = await self._streams.read(self._positions, count=256, block_ms=100)
+            for entry in entries:
+                self._positions[entry.stream] = entry.entry_id
+            await self._handle([entry.message for entry in entries])
+            handled = [entry.entry_id for entry in entries if entry.stream == keys.SCHEDULER]
+            await self._streams.delete(keys.SCHEDULER, handled)
+            if time.monotonic() >= next_housekeeping:
+                await self._housekeep()
+                next_housekeeping = time.monotonic() + HOUSEKEEPING_S
+        await self._redis.delete(keys.SCHEDULER_LEASE)
+
+    # --- start ----------------------------------------------------------------------------------
+
+    async def _wait_for_lease(self) -> bool:
+        is_waiting = False
+        while not self._is_stopping.is_set():
+            if await self._redis.set(keys.SCHEDULER_LEASE, self._token, nx=True, px=LEASE_MS):
+                return True
+            if not is_waiting:
+                log.info("another scheduler is in charge, waiting for its lease")
+                is_waiting = True
+            await asyncio.sleep(0.2)
+        return False
+
+    async def _begin_epoch(self) -> None:
+        stored = int(await self._redis.get(keys.EPOCH) or 0)
+        epoch = max(stored + 1, int(time.time() * 1000))
+        await self._redis.set(keys.EPOCH, epoch)
+        # What workers said to an earlier scheduler is moot: they are asked what they hold.
+        await self._redis.xtrim(keys.SCHEDULER, maxlen=0, approximate=False)
+        self._core = Core(
+            epoch=epoch,
+            policy=make_policy(self._settings.policy, max_rows=self._settings.max_rows),
+            settings=CoreSettings(
+                max_attempts=self._settings.max_attempts, recovery_s=self._settings.recovery_s
+            ),
+            now=time.time(),
+        )
+        metrics.EPOCH.set(epoch)
+        num_open = await self._recover_requests()
+        workers = await self._read_workers()
+        await self._handle([WorkerRegistered(worker=worker) for worker in workers])
+        log.info("epoch begun", epoch=epoch, open_requests=num_open, workers=len(workers))
+
+    async def _recover_requests(self) -> int:
+        num_open = 0
+        while entries := await self._streams.read(
+            {keys.REQUESTS: self._positions[keys.REQUESTS]}, count=256
+        ):
+            self._positions[keys.REQUESTS] = entries[-1].entry_id
+            for entry in entries:
+                if isinstance(entry.message, GenerateImage):
+                    await self._recover(entry.message, entry.entry_id)
+                    num_open += 1
+        return num_open
+
+    async def _recover(self, request: GenerateImage, entry_id: str) -> None:
+        record = await self._records.read(request.request_id)
+        if record is None or record.is_final:
+            await self._streams.delete(keys.REQUESTS, [entry_id])
+            return
+        latents = None
+        if record.attempt:
+            key = keys.latents(request.request_id, record.attempt)
+            payload = await cast("Any", self._redis.hget(key, "m"))
+            message = codec.decode(payload) if payload else None
+            latents = message if isinstance(message, LatentsFinished) else None
+        event = RequestRecovered(
+            request=request,
+            attempt=record.attempt,
+            num_attempts=record.num_attempts,
+            latents=latents,
+        )
+        await self._execute(self._core.on_event(event, time.time()))
+
+    async def _read_workers(self) -> list[WorkerInfo]:
+        incarnations = [
+            name.decode() for name in await cast("Any", self._redis.smembers(keys.WORKERS))
+        ]
+        if not incarnations:
+            return []
+        payloads = await self._redis.mget([keys.worker(name) for name in sorted(incarnations)])
+        return [codec.decode_value(cast("bytes", p), WorkerInfo) for p in payloads if p]
+
+    # --- events and commands --------------------------------------------------------------------
+
+    async def _handle(self, events: Sequence[Message]) -> None:
+        commands: list[Command] = []
+        for event in events:
+            if isinstance(event, ImageDecoded):
+                self._count_finished(event)
+            commands += self._core.on_event(cast("Any", event), time.time())
+        await self._execute(commands)
+
+    async def _execute(self, commands: Sequence[Command]) -> None:
+        """Attempts are named before anything of theirs is sent; sends keep their order."""
+        begun = [command for command in commands if isinstance(command, BeginAttempt)]
+        await asyncio.gather(
+            *(self._records.begin_attempt(item.request_id, item.attempt) for item in begun)
+        )
+        sends = []
+        for command in commands:
+            match command:
+                case Send(incarnation=incarnation, lane=lane, message=message):
+                    stream = keys.work if lane == "work" else keys.control
+                    sends.append((stream(incarnation), message))
+                    if isinstance(message, DenoiseSlot):
+                        metrics.SLOTS.labels(kind=message.kind).inc()
+                        metrics.SLOT_ROWS.observe(len(message.rows))
+                case RestartRequest(request_id=request_id, reason=reason):
+                    metrics.REDELIVERIES.labels(reason=reason).inc()
+                    log.warning("request starts again", request_id=request_id, reason=reason)
+        await self._streams.send_to_workers(sends)
+        progress = [
+            item
+            for command in commands
+            if isinstance(command, ReportProgress)
+            for item in command.items
+        ]
+        if progress:
+            await self._streams.notify(RequestsProgressed(items=tuple(progress)))
+        for command in commands:
+            match command:
+                case FailRequest(request_id=request_id, code=code, reason=reason):
+                    log.warning("request failed", request_id=request_id, code=code, reason=reason)
+                    if await self._records.fail(request_id, code=code, reason=reason):
+                        metrics.REQUESTS_FINISHED.labels(state="failed").inc()
+                case ForgetWorker(incarnation=incarnation):
+                    await self._forget(incarnation)
+
+    async def _forget(self, incarnation: str) -> None:
+        log.warning("worker lost", incarnation=incarnation)
+        await cast("Any", self._redis.srem(keys.WORKERS, incarnation))
+        await self._redis.delete(
+            keys.worker(incarnation), keys.work(incarnation), keys.control(incarnation)
+        )
+
+    def _count_finished(self, event: ImageDecoded) -> None:
+        metrics.REQUESTS_FINISHED.labels(state="done").inc()
+        request = self._core.requests.get(event.request_id)
+        if request:
+            metrics.REQUEST_SECONDS.observe(time.time() - request.request.submitted_at)
+
+    # --- housekeeping ---------------------------------------------------------------------------
+
+    async def _housekeep(self) -> None:
+        await self._renew_lease()
+        known = [*self._core.unets, *self._core.vaes]
+        alive = {worker.incarnation for worker in await self._read_workers()}
+        lost = [WorkerLost(incarnation=name) for name in known if name not in alive]
+        now = time.time()
+        await self._handle(lost)
+        await self._execute(self._core.on_event(Tick(), now))
+        stages = self._core.count_stages()
+        for stage in ("recovering", "waiting", "encoding", "denoising", "latents", "decoding"):
+            metrics.REQUESTS.labels(state=stage).set(stages[stage])
+        metrics.WORKERS.labels(kind="unet").set(len(self._core.unets))
+        metrics.WORKERS.labels(kind="vae").set(len(self._core.vaes))
+        status = {
+            "epoch": self._core.epoch,
+            "policy": self._settings.policy,
+            "stages": dict(stages),
+            "queue": self._core.queue_order(now),
+            "unet_workers": len(self._core.unets),
+            "vae_workers": len(self._core.vaes),
+        }
+        await self._redis.set(keys.STATUS, codec.encode_value(status), ex=STATUS_TTL_S)
+
+    async def _renew_lease(self) -> None:
+        held = await self._redis.get(keys.SCHEDULER_LEASE)
+        is_free = held is None
+        if not is_free and held != self._token.encode():
+            raise EpochEndedError("another scheduler has taken the lease")
+        if not await self._redis.set(
+            keys.SCHEDULER_LEASE, self._token, px=LEASE_MS, nx=is_free, xx=not is_free
+        ):
+            raise EpochEndedError("another scheduler has taken the lease")
+        if await self._read_run_id() != self._run_id:
+            raise EpochEndedError("Redis has restarted; what it lost is found by a new epoch")
+
+    async def _read_run_id(self) -> str:
+        return str((await self._redis.info("server"))["run_id"])

@@ -1,0 +1,64 @@
+"""The start and the end that all services share: settings, logs, metrics, signals, exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from redis.asyncio import Redis
+
+from shared.errors import SynerDiffError
+from shared.logs import configure_logging, get_logger
+from shared.metrics import serve_metrics
+from shared.settings import ServiceSettings, load_settings
+from shared.streams import connect
+
+
+class Service(Protocol):
+    """What a service has to offer: run until stopped."""
+
+    async def run(self) -> None:
+        """Serve until `stop` is called."""
+        ...
+
+    def stop(self) -> None:
+        """Ask `run` to end; safe to call from a signal handler of the event loop."""
+        ...
+
+
+S = TypeVar("S", bound=ServiceSettings)
+
+
+def run_service(
+    name: str, settings_kind: type[S], make_service: Callable[[Redis, S], Service]
+) -> None:
+    """Read the settings, serve until SIGTERM or SIGINT, and exit: 0 if stopped, 1 on an error."""
+    try:
+        settings = load_settings(settings_kind)
+    except SynerDiffError as error:
+        sys.exit(f"{name}: {error}")
+    configure_logging(service=name, log_format=settings.log_format, level=settings.log_level)
+    log = get_logger()
+    log.info("starting", settings=settings.model_dump(mode="json"))
+    serve_metrics(settings.metrics_port)
+
+    async def serve() -> None:
+        redis = connect(settings.redis_url)
+        try:
+            service = make_service(redis, settings)
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, service.stop)
+            await service.run()
+        finally:
+            await redis.aclose()
+
+    try:
+        asyncio.run(serve())
+    except SynerDiffError as error:
+        log.error("stopped", error=str(error), code=error.code)  # noqa: TRY400 - it says all
+        sys.exit(1)
+    log.info("stopped")
