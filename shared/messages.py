@@ -374,14 +374,13 @@ class DecodeLatents:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrantChunks:
-    """More chunks for a decode, to start when the slot `beside_seq` runs (-1: at once)."""
+    """More chunks for a decode may run, on so many threads (0: the library's default)."""
 
     epoch: int
     request_id: str
     attempt: str
     chunks: int
     threads: int
-    beside_seq: int = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

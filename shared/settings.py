@@ -86,7 +86,7 @@ class UnetWorkerSettings(WorkerSettings):
     max_requests: int = Field(64, ge=1)
     pool_slots: int = Field(128, ge=1)
     pool_slot_kb: int = Field(256, ge=1)
-    inline_copy_kb: int = Field(256, ge=0)
+    inline_copy_kb: int = Field(4_096, ge=0)
     latents_ttl_s: int = Field(600, ge=1)
 
 

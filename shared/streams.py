@@ -76,10 +76,11 @@ class Streams:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._forward = script(redis, "forward")
 
     async def send(self, stream: str, *messages: Message) -> None:
-        """Append messages in order; created if need be (`keys` says whose streams may be)."""
+        """Append messages in order; the stream is created if need be."""
+        if not messages:
+            return
         async with self._redis.pipeline(transaction=True) as pipeline:
             for message in messages:
                 pipeline.xadd(stream, {"m": codec.encode(message)})
@@ -133,15 +134,6 @@ class Streams:
         ids = list(entry_ids)
         if ids:
             await self._redis.xdel(stream, *ids)
-
-    async def forward(
-        self, source: str, entry_ids: Sequence[str], destination: str, messages: Sequence[Message]
-    ) -> None:
-        """Publish what handling the entries has begotten and delete them, atomically."""
-        payloads = [codec.encode(message) for message in messages]
-        await self._forward(
-            keys=[source, destination], args=[len(entry_ids), *entry_ids, *payloads]
-        )
 
     async def _bury(
         self, stream: str, entry_id: str, fields: Mapping[bytes, bytes], reason: str

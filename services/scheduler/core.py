@@ -39,7 +39,7 @@ ADMISSION_FACTOR = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreSettings:
-    """Limits. max_attempts: a request that needs more fails. recovery_s: for workers to announce."""
+    """max_attempts: a request that needs more fails. recovery_s: for workers to announce."""
 
     max_attempts: int = 5
     recovery_s: float = 3.0
@@ -337,7 +337,7 @@ class Core:
         while True:
             plan = self._policy.plan(self._view(unet, now))
             for grant in plan.grants:
-                self._grant(grant.request_id, grant.chunks, grant.threads, grant.beside_seq)
+                self._grant(grant.request_id, grant.chunks, grant.threads)
             if plan.rows:
                 self._send_slot(unet, plan.rows, plan.kind, plan.threads)
             if not plan.rows:
@@ -373,7 +373,7 @@ class Core:
         )
         self._send(unet.info.incarnation, "work", slot)
 
-    def _grant(self, request_id: str, chunks: int, threads: int, beside_seq: int) -> None:
+    def _grant(self, request_id: str, chunks: int, threads: int) -> None:
         request = self.requests[request_id]
         request.granted_chunks += chunks
         grant = messages.GrantChunks(
@@ -382,7 +382,6 @@ class Core:
             attempt=request.attempt,
             chunks=chunks,
             threads=threads,
-            beside_seq=beside_seq,
         )
         self._send(request.vae, "work", grant)
 
@@ -394,7 +393,7 @@ class Core:
             for request_id in vae.decodes:
                 missing = vae.info.num_chunks - self.requests[request_id].granted_chunks
                 if missing > 0:
-                    self._grant(request_id, missing, vae.info.threads, -1)
+                    self._grant(request_id, missing, vae.info.threads)
 
     # --- recovery and loss ----------------------------------------------------------------------
 

@@ -49,12 +49,11 @@ class GroupView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """More chunks for one decode. beside_seq: start with that slot, -1 for at once."""
+    """More chunks for one decode."""
 
     request_id: str
     chunks: int
     threads: int
-    beside_seq: int = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

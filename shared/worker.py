@@ -1,0 +1,177 @@
+"""What both kinds of worker share: an inbox, an outbox, a heartbeat, and one compute thread.
+
+Model calls run in the compute thread, so heartbeats and messages go on while a step runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import uuid
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from redis.asyncio import Redis
+
+from shared import codec, keys
+from shared.messages import Message, WorkerInfo, WorkerLost, WorkerRegistered
+from shared.streams import MAX_BLOCK_MS, Streams, script
+
+T = TypeVar("T")
+
+
+def make_worker_id(kind: str) -> str:
+    """A name that the next process in this place gets again, as containers do."""
+    return f"{kind}-{socket.gethostname()}-{os.getpid()}"
+
+
+def make_incarnation(worker_id: str) -> str:
+    """A name for this process's life that no other has."""
+    return f"{worker_id}-{uuid.uuid4().hex[:8]}"
+
+
+class ComputeThread:
+    """The one thread that calls the model.
+
+    Args:
+        default_threads: CPU threads of a call that asks for 0.
+    """
+
+    def __init__(self, default_threads: int) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._default_threads = default_threads
+        self._threads = 0
+
+    async def run(self, call: Callable[[], T], *, threads: int = 0) -> T:
+        """The call's result, computed with so many CPU threads (0: the default)."""
+        wanted = threads or self._default_threads
+
+        def compute() -> T:
+            if wanted != self._threads:
+                # A setting of the calling thread, so it has to happen here.
+                torch.set_num_threads(wanted)
+                self._threads = wanted
+            return call()
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, compute)
+
+    def close(self) -> None:
+        """Let the current call end; wait for it."""
+        self._executor.shutdown()
+
+
+class WorkerLink:
+    """A worker's side of the protocol.
+
+    `work` and `control` fill by themselves once `run` runs; `post` keeps the order of what it is
+    given and returns at once.
+
+    Args:
+        redis: The connection; the caller owns it.
+        incarnation: Whose streams to read.
+        heartbeat_ttl_ms: A worker that is silent for so long is lost.
+    """
+
+    def __init__(self, redis: Redis, incarnation: str, *, heartbeat_ttl_ms: int) -> None:
+        self.incarnation = incarnation
+        self.work: deque[Message] = deque()
+        self.control: deque[Message] = deque()
+        self._redis = redis
+        self._streams = Streams(redis)
+        self._heartbeat = script(redis, "heartbeat")
+        self._heartbeat_ttl_ms = heartbeat_ttl_ms
+        self._outbox: asyncio.Queue[Message | None] = asyncio.Queue()
+        self._has_news = asyncio.Event()
+        self._is_stopping = asyncio.Event()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._is_stopping.is_set()
+
+    def stop(self) -> None:
+        """End `run`, after what was posted is sent."""
+        self._is_stopping.set()
+        self._has_news.set()
+
+    def post(self, *messages: Message) -> None:
+        """Send messages to the scheduler, in order, in the background."""
+        for message in messages:
+            self._outbox.put_nowait(message)
+
+    def nudge(self) -> None:
+        """Wake whoever waits for news."""
+        self._has_news.set()
+
+    async def news(self) -> None:
+        """Wait until there is a message that has not been waited for, or the link stops."""
+        await self._has_news.wait()
+        self._has_news.clear()
+
+    async def run(self, info: WorkerInfo) -> None:
+        """Register, then read and send until stopped; says goodbye at the end."""
+        await self._beat(info)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._beat_until_stopped(info))
+            group.create_task(self._read_until_stopped())
+            group.create_task(self._send_until_stopped())
+        await self._redis.delete(keys.worker(self.incarnation))
+        await self._streams.send(keys.SCHEDULER, WorkerLost(incarnation=self.incarnation))
+
+    async def _beat(self, info: WorkerInfo) -> None:
+        await self._heartbeat(
+            keys=[
+                keys.worker(self.incarnation),
+                keys.WORKERS,
+                keys.SCHEDULER,
+                keys.work(self.incarnation),
+                keys.control(self.incarnation),
+            ],
+            args=[
+                codec.encode_value(info),
+                self._heartbeat_ttl_ms,
+                codec.encode(WorkerRegistered(worker=info)),
+                self.incarnation,
+            ],
+        )
+
+    async def _beat_until_stopped(self, info: WorkerInfo) -> None:
+        while not self.is_stopping:
+            await self._beat(info)
+            try:
+                async with asyncio.timeout(self._heartbeat_ttl_ms / 5_000):
+                    await self._is_stopping.wait()
+            except TimeoutError:
+                pass
+
+    async def _read_until_stopped(self) -> None:
+        lanes = {
+            keys.work(self.incarnation): self.work,
+            keys.control(self.incarnation): self.control,
+        }
+        positions = dict.fromkeys(lanes, "0")
+        while not self.is_stopping:
+            entries = await self._streams.read(positions, count=64, block_ms=MAX_BLOCK_MS)
+            for entry in entries:
+                lanes[entry.stream].append(entry.message)
+                positions[entry.stream] = entry.entry_id
+            if entries:
+                self._has_news.set()
+            for stream in lanes:
+                # Nobody else reads these streams, so an entry has done its work once it is here.
+                ids = [entry.entry_id for entry in entries if entry.stream == stream]
+                await self._streams.delete(stream, ids)
+        self._outbox.put_nowait(None)
+
+    async def _send_until_stopped(self) -> None:
+        is_over = False
+        while not is_over:
+            batch = [await self._outbox.get()]
+            while not self._outbox.empty():
+                batch.append(self._outbox.get_nowait())
+            is_over = None in batch
+            await self._streams.send(keys.SCHEDULER, *(item for item in batch if item is not None))
