@@ -142,7 +142,7 @@ class WorkerInfo:
 
     kind: "unet" or "vae". worker_id survives a restart, incarnation does not. device_group: who
     shares its physical device. host: as in `TensorHandle`. device: "cpu" or "cuda:UUID". threads:
-    CPU threads it may use. max_requests: requests it can hold. step_ms: median slot time by rows,
+    CPU threads it may use. max_requests: requests it can hold. model: from a UNet worker. step_ms: median slot time by rows,
     alone, at the default size. decode_ms: median whole decode, alone. num_chunks: chunks a decode
     is cut into. pool: its tensor pool's name, empty if it has none.
     """
@@ -156,7 +156,8 @@ class WorkerInfo:
     dtype: str
     threads: int
     max_requests: int
-    model: ModelInfo
+    model_id: str
+    model: ModelInfo | None = None
     step_ms: dict[int, float] = field(default_factory=dict)
     decode_ms: float = 0.0
     num_chunks: int = 1

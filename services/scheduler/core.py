@@ -261,7 +261,7 @@ class Core:
                 if not unet.is_draining
                 and resident[name] < unet.info.max_requests
                 and rows[name] < ADMISSION_FACTOR * max(2, unet.profile.knee)
-                and unet.info.model.model_id == request.request.parameters.model
+                and unet.info.model_id == request.request.parameters.model
             ]
             if not room:
                 continue
@@ -299,10 +299,12 @@ class Core:
             room = [
                 vae
                 for vae in self.vaes.values()
-                if not vae.is_draining and len(vae.decodes) < DECODES_PER_WORKER
+                if not vae.is_draining
+                and len(vae.decodes) < DECODES_PER_WORKER
+                and vae.info.model_id == request.request.parameters.model
             ]
             if not room:
-                return
+                continue
             busy_groups = {unet.info.device_group for unet in self.unets.values()}
             vae = min(
                 room,

@@ -1,0 +1,63 @@
+"""Loads the VAE of a diffusers folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from shared.device import DtypeName, choose_device, choose_dtype
+from shared.errors import ConfigurationError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Decoder:
+    """A loaded VAE, on its device, `channels_last`.
+
+    name: the model folder's. default_size: latent height and width of the model's usual picture.
+    """
+
+    name: str
+    vae: Any
+    device: torch.device
+    dtype: torch.dtype
+    default_size: tuple[int, int]
+
+
+def load_decoder(folder: Path, *, device: str = "auto", dtype: DtypeName = "auto") -> Decoder:
+    """The VAE of a `StableDiffusionPipeline` folder, for decoding; nothing is downloaded.
+
+    Raises:
+        ConfigurationError: The folder holds no such VAE, or the device is not there.
+    """
+    torch_device = choose_device(device)
+    torch_dtype = choose_dtype(dtype, torch_device)
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        vae = diffusers.AutoencoderKL.from_pretrained(
+            folder, subfolder="vae", torch_dtype=torch_dtype, local_files_only=True
+        )
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise ConfigurationError(f"{folder}/vae can't be loaded: {error}") from error
+    vae.encoder = None
+    vae = vae.eval().requires_grad_(False)
+    return Decoder(
+        name=folder.resolve().name,
+        vae=vae.to(torch_device, torch_dtype, memory_format=torch.channels_last),
+        device=torch_device,
+        dtype=torch_dtype,
+        default_size=_read_default_size(folder / "unet" / "config.json"),
+    )
+
+
+def _read_default_size(unet_config: Path) -> tuple[int, int]:
+    try:
+        size = json.loads(unet_config.read_text())["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(f"{unet_config} should give sample_size: {error!r}") from error
+    return height, width

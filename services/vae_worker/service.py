@@ -1,0 +1,320 @@
+"""The VAE worker's shell: takes decodes and grants, runs chunks, commits images."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from redis.asyncio import Redis
+
+from services.vae_worker.chunked_decoder import ChunkPlan, Granularity, decode_chunks, plan_chunks
+from services.vae_worker.image_encoder import encode_image
+from services.vae_worker.model import Decoder, load_decoder
+from shared import metrics
+from shared.errors import HandleLostError, SynerDiffError
+from shared.host import device_identity, host_identity
+from shared.logs import get_logger
+from shared.messages import (
+    BeginEpoch,
+    CancelDecode,
+    DecodeLatents,
+    GrantChunks,
+    HandleLost,
+    ImageDecoded,
+    Message,
+    ReleaseLatents,
+    RequestFailed,
+    TensorHandle,
+    WorkerInfo,
+)
+from shared.records import Commit, Outcome, Records
+from shared.settings import VaeWorkerSettings, available_threads
+from shared.tensor_bytes import unpack_tensor
+from shared.tensor_pool import TensorReader
+from shared.worker import ComputeThread, WorkerLink, make_incarnation, make_worker_id
+
+log = get_logger()
+
+Chunks = Generator[int, None, torch.Tensor]
+
+
+@dataclass(slots=True, kw_only=True)
+class Decode:
+    """A decode at this worker.
+
+    granted: chunks that may run, threads: on so many. chunks: None until the first one runs.
+    """
+
+    command: DecodeLatents
+    granted: int = 0
+    threads: int = 0
+    done: int = 0
+    chunks: Chunks | None = None
+    compute_s: float = 0.0
+    transport: str = ""
+
+
+class VaeWorkerService:
+    """One VAE worker process.
+
+    Args:
+        redis: The connection; the caller owns it.
+        settings: As read at the start.
+    """
+
+    def __init__(self, redis: Redis, settings: VaeWorkerSettings) -> None:
+        worker_id = settings.worker_id or make_worker_id("vae")
+        self._redis = redis
+        self._settings = settings
+        self._worker_id = worker_id
+        self._threads = settings.threads or available_threads()
+        self._link = WorkerLink(
+            redis, make_incarnation(worker_id), heartbeat_ttl_ms=settings.heartbeat_ttl_ms
+        )
+        self._records = Records(redis, settings.retention)
+        self._compute = ComputeThread(self._threads)
+        self._reader = TensorReader()
+        self._decoder: Decoder
+        self._plans: dict[tuple[int, int], ChunkPlan] = {}
+        self._decodes: dict[str, Decode] = {}
+        self._epoch = 0
+
+    def stop(self) -> None:
+        """End `run` after the current chunk."""
+        self._link.stop()
+
+    async def run(self) -> None:
+        """Load, measure, register, decode until stopped."""
+        info = await self._compute.run(self._start)
+        log.info("ready", decode_ms=round(info.decode_ms, 1), chunks=info.num_chunks)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._link.run(info))
+            group.create_task(self._drop_dead_pools())
+            while not self._link.is_stopping:
+                await self._link.news()
+                self._take_messages()
+                while decode := self._next_runnable():
+                    await self._run_chunk(decode, group)
+                    self._take_messages()
+        self._compute.close()
+
+    # --- start ----------------------------------------------------------------------------------
+
+    def _start(self) -> WorkerInfo:
+        """Load the VAE and measure a decode of the default size; runs in the compute thread."""
+        settings = self._settings
+        self._decoder = load_decoder(settings.model, device=settings.device, dtype=settings.dtype)
+        config: Any = self._decoder.vae.config
+        size = self._decoder.default_size
+        latents = torch.zeros(1, config.latent_channels, *size, device=self._decoder.device)
+        durations = []
+        for _ in range(4):
+            start = time.perf_counter()
+            for _ in self._chunks(latents):
+                pass
+            durations.append(time.perf_counter() - start)
+        device = self._decoder.device
+        gpu_uuid = (
+            str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+        )
+        identity = device_identity(gpu_uuid)
+        host = host_identity()
+        return WorkerInfo(
+            worker_id=self._worker_id,
+            incarnation=self._link.incarnation,
+            kind="vae",
+            device_group=settings.device_group or f"{host}/{gpu_uuid or 'cpu'}",
+            host=host if settings.transport == "auto" else self._link.incarnation,
+            device=identity,
+            dtype=str(self._decoder.dtype).removeprefix("torch."),
+            threads=self._threads,
+            max_requests=0,
+            model_id=self._decoder.name,
+            decode_ms=statistics.median(durations[1:]) * 1000,
+            num_chunks=self._plan(*size).num_chunks,
+        )
+
+    def _plan(self, latent_height: int, latent_width: int) -> ChunkPlan:
+        size = (latent_height, latent_width)
+        if size not in self._plans:
+            self._plans[size] = plan_chunks(
+                self._decoder.vae,
+                latent_height,
+                latent_width,
+                granularity=Granularity(num_chunks=self._settings.num_chunks),
+            )
+        return self._plans[size]
+
+    def _chunks(self, latents: torch.Tensor) -> Chunks:
+        plan = self._plan(latents.shape[2], latents.shape[3])
+        latents = latents.to(self._decoder.device, self._decoder.dtype)
+        return decode_chunks(self._decoder.vae, latents, plan=plan)
+
+    # --- messages -------------------------------------------------------------------------------
+
+    def _take_messages(self) -> None:
+        for lane in (self._link.control, self._link.work):
+            while lane:
+                self._take(lane.popleft())
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case BeginEpoch(epoch=epoch):
+                # Decodes are short and their latents still there: the new scheduler asks anew.
+                self._epoch = max(self._epoch, epoch)
+                for decode in list(self._decodes.values()):
+                    self._forget(decode)
+            case DecodeLatents() if message.epoch >= self._epoch:
+                known = self._decodes.get(message.request_id)
+                if known and known.command.attempt != message.attempt:
+                    self._forget(known)
+                self._decodes.setdefault(message.request_id, Decode(command=message))
+            case GrantChunks() if message.epoch >= self._epoch:
+                known = self._decodes.get(message.request_id)
+                if known and known.command.attempt == message.attempt:
+                    known.granted += message.chunks
+                    known.threads = message.threads
+            case CancelDecode():
+                known = self._decodes.get(message.request_id)
+                if known and known.command.attempt == message.attempt:
+                    self._forget(known)
+            case _:
+                log.debug("ignored", message=type(message).__name__)
+
+    def _next_runnable(self) -> Decode | None:
+        runnable = (decode for decode in self._decodes.values() if decode.done < decode.granted)
+        return None if self._link.is_stopping else next(runnable, None)
+
+    def _forget(self, decode: Decode) -> None:
+        self._decodes.pop(decode.command.request_id, None)
+        if decode.chunks:
+            decode.chunks.close()
+
+    # --- decoding -------------------------------------------------------------------------------
+
+    async def _run_chunk(self, decode: Decode, group: asyncio.TaskGroup) -> None:
+        """Run one chunk; after the last, encode and commit while the next decode begins."""
+        command = decode.command
+        try:
+            if decode.chunks is None:
+                latents, decode.transport = await self._fetch(command.handle)
+                decode.chunks = self._chunks(latents)
+            image = await self._compute.run(partial(self._advance, decode), threads=decode.threads)
+        except HandleLostError as error:
+            self._forget(decode)
+            metrics.HANDLES_LOST.inc()
+            log.warning("handle lost", request_id=command.request_id, error=str(error))
+            self._link.post(
+                HandleLost(
+                    incarnation=self._link.incarnation,
+                    request_id=command.request_id,
+                    attempt=command.attempt,
+                    reason=str(error),
+                )
+            )
+            return
+        except (RuntimeError, MemoryError, SynerDiffError) as error:
+            self._fail(decode, error)
+            return
+        if image is not None:
+            self._forget(decode)
+            metrics.DECODE_SECONDS.observe(decode.compute_s)
+            group.create_task(self._commit(decode, image))
+
+    def _advance(self, decode: Decode) -> torch.Tensor | None:
+        """One chunk; the image after the last. Runs in the compute thread."""
+        assert decode.chunks is not None
+        start = time.perf_counter()
+        try:
+            next(decode.chunks)
+        except StopIteration as end:
+            image: torch.Tensor = end.value
+            return image.float().cpu()
+        finally:
+            decode.done += 1
+            decode.compute_s += time.perf_counter() - start
+        return None
+
+    async def _fetch(self, handle: TensorHandle) -> tuple[torch.Tensor, str]:
+        """The latents and the transport that served.
+
+        Raises:
+            HandleLostError: Neither the pool nor an inline copy has them.
+        """
+        try:
+            if handle.kind == "inline" or self._settings.transport == "inline":
+                raise HandleLostError("only the inline copy is in reach")
+            latents = await asyncio.to_thread(self._reader.read, handle)
+            transport = handle.kind
+        except HandleLostError:
+            payload = await cast("Any", self._redis.hget(handle.inline_key, "data"))
+            if payload is None:
+                raise
+            latents = unpack_tensor(payload, handle.shape, handle.dtype)
+            transport = "inline"
+        metrics.TRANSFERS.labels(transport=transport).inc()
+        return latents, transport
+
+    async def _commit(self, decode: Decode, image: torch.Tensor) -> None:
+        command = decode.command
+        parameters = command.parameters
+        try:
+            encoded = await asyncio.to_thread(
+                encode_image,
+                image,
+                parameters=parameters,
+                skipped_steps=command.skipped_steps,
+            )
+        except SynerDiffError as error:
+            self._fail(decode, error)
+            return
+        metrics.IMAGES_ENCODED.labels(format=parameters.output_format).inc()
+        handle = command.handle
+        commit = Commit(
+            decoded=ImageDecoded(
+                incarnation=self._link.incarnation,
+                request_id=command.request_id,
+                attempt=command.attempt,
+                decode_ms=decode.compute_s * 1000,
+                transport=decode.transport,
+            ),
+            image=encoded,
+            outcome=Outcome(
+                content_type=f"image/{parameters.output_format}",
+                size_bytes=len(encoded),
+                seed=parameters.seed,
+                skipped_steps=command.skipped_steps,
+                warnings=command.warnings,
+                decode_s=decode.compute_s,
+                transport=decode.transport,
+            ),
+            release=ReleaseLatents(slot=handle.slot, generation=handle.generation),
+            release_to=command.release_to,
+        )
+        if not await self._records.commit(commit):
+            log.info("commit lost to a final state or newer attempt", request=command.request_id)
+
+    def _fail(self, decode: Decode, error: Exception) -> None:
+        command = decode.command
+        self._forget(decode)
+        log.warning("decode failed", request_id=command.request_id, error=repr(error))
+        self._link.post(
+            RequestFailed(
+                incarnation=self._link.incarnation,
+                request_id=command.request_id,
+                attempt=command.attempt,
+                code=error.code if isinstance(error, SynerDiffError) else "decode_failed",
+                reason=f"The picture could not be decoded: {error}",
+            )
+        )
+
+    async def _drop_dead_pools(self) -> None:
+        while not self._link.is_stopping:
+            self._reader.drop_dead()
+            await asyncio.sleep(1.0)
