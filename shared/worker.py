@@ -12,12 +12,14 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from redis.asyncio import Redis
 
 from shared import codec, keys
+from shared.host import device_identity, host_identity
 from shared.messages import Message, WorkerInfo, WorkerLost, WorkerRegistered
 from shared.streams import MAX_BLOCK_MS, Streams, script
 
@@ -32,6 +34,31 @@ def make_worker_id(kind: str) -> str:
 def make_incarnation(worker_id: str) -> str:
     """A name for this process's life that no other has."""
     return f"{worker_id}-{uuid.uuid4().hex[:8]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a worker is, in the words of `WorkerInfo`."""
+
+    host: str
+    device: str
+    device_group: str
+
+
+def find_place(device: torch.device, *, device_group: str = "", shares_host: bool = True) -> Place:
+    """This process's place.
+
+    device_group: a name given by the operator; empty means the physical device: this machine's CPU,
+    or one GPU. shares_host: False keeps to the inline transport by sharing a host with nobody.
+    """
+    host = host_identity()
+    uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    boot_id = host.partition(".")[0]
+    return Place(
+        host=host if shares_host else f"{host}-{socket.gethostname()}-{os.getpid()}",
+        device=device_identity(uuid),
+        device_group=device_group or f"{boot_id}/{uuid or 'cpu'}",
+    )
 
 
 class ComputeThread:

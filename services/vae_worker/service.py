@@ -18,7 +18,6 @@ from services.vae_worker.image_encoder import encode_image
 from services.vae_worker.model import Decoder, load_decoder
 from shared import metrics
 from shared.errors import HandleLostError, SynerDiffError
-from shared.host import device_identity, host_identity
 from shared.logs import get_logger
 from shared.messages import (
     BeginEpoch,
@@ -37,7 +36,7 @@ from shared.records import Commit, Outcome, Records
 from shared.settings import VaeWorkerSettings, available_threads
 from shared.tensor_bytes import unpack_tensor
 from shared.tensor_pool import TensorReader
-from shared.worker import ComputeThread, WorkerLink, make_incarnation, make_worker_id
+from shared.worker import ComputeThread, WorkerLink, find_place, make_incarnation, make_worker_id
 
 log = get_logger()
 
@@ -119,19 +118,18 @@ class VaeWorkerService:
             for _ in self._chunks(latents):
                 pass
             durations.append(time.perf_counter() - start)
-        device = self._decoder.device
-        gpu_uuid = (
-            str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+        place = find_place(
+            self._decoder.device,
+            device_group=settings.device_group,
+            shares_host=settings.transport == "auto",
         )
-        identity = device_identity(gpu_uuid)
-        host = host_identity()
         return WorkerInfo(
             worker_id=self._worker_id,
             incarnation=self._link.incarnation,
             kind="vae",
-            device_group=settings.device_group or f"{host}/{gpu_uuid or 'cpu'}",
-            host=host if settings.transport == "auto" else self._link.incarnation,
-            device=identity,
+            device_group=place.device_group,
+            host=place.host,
+            device=place.device,
             dtype=str(self._decoder.dtype).removeprefix("torch."),
             threads=self._threads,
             max_requests=0,
@@ -248,18 +246,19 @@ class VaeWorkerService:
             HandleLostError: Neither the pool nor an inline copy has them.
         """
         try:
-            if handle.kind == "inline" or self._settings.transport == "inline":
-                raise HandleLostError("only the inline copy is in reach")
             latents = await asyncio.to_thread(self._reader.read, handle)
             transport = handle.kind
         except HandleLostError:
-            payload = await cast("Any", self._redis.hget(handle.inline_key, "data"))
-            if payload is None:
-                raise
-            latents = unpack_tensor(payload, handle.shape, handle.dtype)
+            latents = await self._fetch_inline(handle)
             transport = "inline"
         metrics.TRANSFERS.labels(transport=transport).inc()
         return latents, transport
+
+    async def _fetch_inline(self, handle: TensorHandle) -> torch.Tensor:
+        payload = await cast("Any", self._redis.hget(handle.inline_key, "data"))
+        if payload is None:
+            raise HandleLostError("neither the pool nor an inline copy holds the latents")
+        return unpack_tensor(payload, handle.shape, handle.dtype)
 
     async def _commit(self, decode: Decode, image: torch.Tensor) -> None:
         command = decode.command
