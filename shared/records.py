@@ -233,6 +233,14 @@ class Records:
             else None,
         )
 
+    async def states(self, request_ids: Sequence[str]) -> list[str | None]:
+        """States of many requests in one round trip, None where there is no record."""
+        async with self.redis.pipeline(transaction=False) as pipeline:
+            for request_id in request_ids:
+                pipeline.hget(keys.request(request_id), "state")
+            states: list[bytes | None] = await pipeline.execute()
+        return [state.decode() if state else None for state in states]
+
     async def read_job(self, job_id: str) -> JobRecord | None:
         """A job's record, None if there is none."""
         payload = await cast("Any", self.redis.hget(keys.job(job_id), "job"))

@@ -43,13 +43,19 @@ class ServiceSettings(BaseSettings):
 
 
 class GatewaySettings(ServiceSettings):
-    """max_open_requests: images accepted and not final. request_timeout_s: of a waiting client."""
+    """max_open_requests: images accepted and not final. request_timeout_s: of a waiting client.
+
+    public_url: what links to pictures begin with; empty takes it from each request's Host.
+    drain_timeout_s: how long requests in flight may take once the gateway is asked to stop.
+    """
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     max_open_requests: int = Field(2_000, ge=1)
+    public_url: str = Field("", pattern=r"^(https?://.+[^/])?$")
     max_body_kb: int = Field(1_024, ge=1)
     request_timeout_s: float = Field(600.0, gt=0)
+    drain_timeout_s: float = Field(60.0, ge=0)
     default_steps: int = Field(25, ge=1)
     default_guidance_scale: float = Field(5.0, ge=0)
     default_guidance_skip: Literal["off", "balanced", "fast"] = "balanced"
