@@ -21,12 +21,12 @@ from typing import Final
 
 from shared.errors import ConfigurationError, HandleLostError
 from shared.host import SHM_DIRECTORY
-from shared.pool_layout import PAGE_BYTES, PoolFile, PoolLayout, read_layout
+from shared.pool_layout import PAGE_BYTES, PoolFile, PoolLayout, read_companion, read_layout
 
 PREFIX: Final = "synerdiff-"
 
 _NAME: Final = re.compile(re.escape(PREFIX) + r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_COMPANION: Final = re.compile(r"torch_[0-9]+_[0-9]+_[0-9]+")
+_COMPANION: Final = re.compile(r"torch_[0-9]+_[0-9]+_[0-9]+")  # PyTorch's name for its counters
 _MAP_FLAGS: Final = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 _OPEN_FLAGS: Final = os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -200,19 +200,16 @@ def _unlink_if_dead(path: Path) -> bool:
         status = os.fstat(descriptor)
         if path.stat().st_ino != status.st_ino:
             return False
-        companion = _companion(descriptor, status)
+        companion = read_companion(descriptor)
         path.unlink()
-        if companion and _is_ours(companion.lstat()):
-            companion.unlink()
     finally:
         os.close(descriptor)
+    if _COMPANION.fullmatch(companion):
+        _unlink_own(SHM_DIRECTORY / companion)
     return True
 
 
-def _companion(descriptor: int, status: os.stat_result) -> Path | None:
-    """PyTorch's counter file, which a killed exporter of GPU memory leaves in /dev/shm."""
-    if status.st_size < PAGE_BYTES:
-        return None
-    with mmap.mmap(descriptor, status.st_size, prot=mmap.PROT_READ) as memory:
-        name = companion_name(memory)
-    return SHM_DIRECTORY / name if _COMPANION.fullmatch(name) else None
+def _unlink_own(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if _is_ours(path.lstat()):
+            path.unlink()

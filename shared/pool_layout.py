@@ -16,6 +16,8 @@ reader that finds the same generation before and after its copy has copied that 
 from __future__ import annotations
 
 import mmap
+import os
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,6 +214,14 @@ def read_layout(memory: mmap.mmap, name: str) -> PoolLayout:
     if not is_sane or layout.file_bytes != len(memory):
         raise HandleLostError(f"the header of {name} doesn't fit its {len(memory)} bytes")
     return layout
+
+
+def read_companion(descriptor: int) -> str:
+    """`PoolFile.companion` of an open file of any kind; empty unless it is a pool of ours."""
+    raw = os.pread(descriptor, PAGE_BYTES, 0)
+    if int.from_bytes(raw[:_WORD_BYTES], sys.byteorder) != _MAGIC:
+        return ""
+    return raw[_COMPANION_AT:][:_TEXT_BYTES].partition(b"\0")[0].decode(errors="replace")
 
 
 def _line(slot: int) -> int:

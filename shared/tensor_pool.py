@@ -1,8 +1,9 @@
-"""Tensors between processes: a producer's fixed slots, and the consumer that copies out of them.
+"""Tensors between processes: a producer's fixed slots, for consumers to copy out of.
 
-Producer: `acquire` a slot, `publish` a tensor in it (copies in, then says so), hear of its
-`release`, or let it `expire`. Consumer: `read` a handle: generation, copy, generation again; a
-difference is a `HandleLostError` and never a torn tensor. See `pool_file` for what lies where.
+Producer (here): `acquire` a slot, `publish` a tensor in it (copies in, then says so), hear of its
+`release`, or let it `expire`. Consumer (`tensor_reader`): generation, copy, generation again; a
+difference is a `HandleLostError` and never a torn tensor. `pool_layout` says what lies where,
+`pool_file` who owns it, `slot_memory` how it is copied, `tensor_bytes` how tensors go inline.
 """
 
 from __future__ import annotations
@@ -10,58 +11,23 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
-import numpy as np
 import torch
 
-from shared.errors import HandleLostError
+from shared.cuda_exports import TABLE_BYTES, PoolExports
+from shared.cuda_ipc import GpuIpc
 from shared.host import SHM_DIRECTORY, host_identity
 from shared.messages import TensorHandle
-from shared.pool_file import (
-    PoolFile,
-    PoolLayout,
-    create_pool_file,
-    fence,
-    open_pool_file,
-    pool_name,
-)
-from shared.tensor_bytes import DTYPES, as_bytes, dtype_name, num_bytes
+from shared.pool_file import create_pool_file, pool_name
+from shared.pool_layout import PoolLayout, fence
+from shared.slot_memory import GpuSlots, MappedSlots, SlotMemory
+from shared.tensor_bytes import dtype_name
+from shared.tensor_reader import TensorReader
 
-DEFAULT_TIMEOUT_S: Final = 60.0
+__all__ = ["TensorPool", "TensorReader"]
 
-
-class SlotMemory(Protocol):
-    """Where the slots' data lies. Both calls are over, on every device, when they return."""
-
-    kind: str
-
-    def write(self, slot: int, tensor: torch.Tensor) -> None:
-        """Copy a tensor, on any device, into a slot."""
-
-    def read(self, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A copy of a slot's beginning as a tensor of this shape."""
-
-
-class MappedMemory:
-    """Slots inside the pool's file: the kind `shm`. One thread copies, without the GIL."""
-
-    kind = "shm"
-
-    def __init__(self, file: PoolFile) -> None:
-        self._file = file
-
-    def write(self, slot: int, tensor: torch.Tensor) -> None:
-        """Copy a tensor, on any device, into a slot."""
-        source = as_bytes(tensor.cpu().contiguous())
-        np.copyto(self._file.slot_bytes(slot)[: source.size], source)
-
-    def read(self, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A copy of a slot's beginning as a CPU tensor of this shape."""
-        tensor = torch.empty(shape, dtype=dtype)
-        target = as_bytes(tensor)
-        np.copyto(target, self._file.slot_bytes(slot)[: target.size])
-        return tensor
+DEFAULT_TIMEOUT_S: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +44,14 @@ class TensorPool:
         num_slots: Finished tensors that may wait at a time.
         slot_bytes: The largest tensor, in bytes.
         timeout_s: Seconds after its publication at which a slot nobody released comes back.
+        ipc: Makes it a pool of kind `cuda_ipc` on that GPU; None makes one of kind `shm`.
         host: This host's identity.
         directory: Where the file goes; only tests want another than /dev/shm.
 
     Raises:
-        ConfigurationError: No room in /dev/shm, no /dev/shm, or a pool of that owner exists.
+        ConfigurationError: No room in /dev/shm, no /dev/shm, a pool of that owner exists, or the
+            owner makes no file name.
+        ValueError: The sizes hold nothing.
     """
 
     def __init__(
@@ -92,6 +61,7 @@ class TensorPool:
         num_slots: int,
         slot_bytes: int,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        ipc: GpuIpc | None = None,
         host: str | None = None,
         directory: Path = SHM_DIRECTORY,
     ) -> None:
@@ -102,11 +72,28 @@ class TensorPool:
         self.host = host or host_identity()
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
+        self.kind = "cuda_ipc" if ipc else "shm"
         self._timeout_s = timeout_s
-        layout = PoolLayout(num_slots=num_slots, slot_bytes=slot_bytes)
-        self._owned = create_pool_file(owner, layout, host=self.host, directory=directory)
+        layout = PoolLayout(
+            num_slots=num_slots, slot_bytes=slot_bytes, exports_bytes=TABLE_BYTES if ipc else 0
+        )
+        self._owned = create_pool_file(
+            owner,
+            layout,
+            host=self.host,
+            device=ipc.device if ipc else "cpu",
+            directory=directory,
+        )
         self._file = self._owned.file
-        self._memory: SlotMemory = MappedMemory(self._file)
+        self._exports: PoolExports | None = None
+        self._memory: SlotMemory = MappedSlots(self._file)
+        if ipc:
+            try:
+                self._exports = PoolExports(ipc, self._file, self._owned.descriptor)
+            except BaseException:
+                self._owned.close()
+                raise
+            self._memory = GpuSlots(self._exports.memory, layout, ipc)
         self._lock = threading.Lock()
         self._free = list(range(num_slots))
         self._acquired: set[int] = set()
@@ -129,8 +116,13 @@ class TensorPool:
             return slot
 
     def abandon(self, slot: int) -> None:
-        """Give an acquired slot back unpublished."""
+        """Give an acquired slot back unpublished.
+
+        Raises:
+            ValueError: The slot was not acquired.
+        """
         with self._lock:
+            self._check_acquired(slot)
             self._acquired.remove(slot)
             self._free.append(slot)
 
@@ -139,15 +131,20 @@ class TensorPool:
     ) -> TensorHandle:
         """Copy a tensor into an acquired slot and make it readable until release or time-out.
 
-        now: seconds, on the clock that `expire` gets. The slot is no longer the caller's, also
-        when this raises: then it is free again.
+        The copy runs in the calling thread, on its current stream, and is over on return. If it
+        raises, the slot is free again.
+
+        Args:
+            slot: From `acquire`; no longer the caller's.
+            tensor: On any device, of a dtype that travels, no larger than a slot.
+            now: Seconds, on the clock that `expire` gets.
+            inline_key: Where a copy lies besides, for the handle.
 
         Raises:
-            ValueError: The slot was not acquired, or the tensor's dtype or size don't fit the pool.
+            ValueError: The slot was not acquired, or the tensor doesn't fit the pool.
         """
         with self._lock:
-            if slot not in self._acquired:
-                raise ValueError(f"slot {slot} of {self.name} was not acquired")
+            self._check_acquired(slot)
             self._last_generation += 1
             generation = self._last_generation
         try:
@@ -157,11 +154,11 @@ class TensorPool:
             self.abandon(slot)
             raise
         self._file.set_published_bytes(slot, tensor.nbytes)
-        fence()
-        self._file.set_generation(slot, generation)
         with self._lock:
             self._acquired.remove(slot)
             self._published[slot] = _Publication(handle=handle, expires_at=now + self._timeout_s)
+            fence()
+            self._file.set_generation(slot, generation)
         return handle
 
     def release(self, slot: int, generation: int) -> bool:
@@ -174,7 +171,12 @@ class TensorPool:
             return True
 
     def expire(self, now: float) -> tuple[TensorHandle, ...]:
-        """Take back every slot whose time-out has passed; what was in them, for the log."""
+        """Take back every slot whose time-out has passed; what was in them. Call it regularly.
+
+        It also renews what a GPU pool keeps ready for its consumers.
+        """
+        if self._exports:
+            self._exports.refill()
         with self._lock:
             expired = [p.handle for p in self._published.values() if p.expires_at <= now]
             for handle in expired:
@@ -187,9 +189,16 @@ class TensorPool:
 
     def close(self) -> None:
         """Unlink the file; every handle is lost. Closing twice is fine."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._owned.close()
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._exports:
+            self._exports.take_back()
+        self._owned.close()
+
+    def _check_acquired(self, slot: int) -> None:
+        if slot not in self._acquired:
+            raise ValueError(f"slot {slot} of {self.name} is not acquired")
 
     def _handle(
         self, slot: int, generation: int, tensor: torch.Tensor, inline_key: str
@@ -197,7 +206,7 @@ class TensorPool:
         if not 0 < tensor.nbytes <= self.slot_bytes:
             raise ValueError(f"{tensor.nbytes} bytes don't fit a slot of {self.slot_bytes}")
         return TensorHandle(
-            kind=self._memory.kind,
+            kind=self.kind,
             pool=self.name,
             owner=self.owner,
             host=self.host,
@@ -214,84 +223,3 @@ class TensorPool:
         fence()
         del self._published[slot]
         self._free.append(slot)
-
-
-class TensorReader:
-    """The consumer's side of every pool on its host: each opened once, dropped when dead.
-
-    Its methods may be called from several threads.
-
-    Args:
-        host: This host's identity.
-        directory: Where the pools lie; only tests want another than /dev/shm.
-    """
-
-    def __init__(self, *, host: str | None = None, directory: Path = SHM_DIRECTORY) -> None:
-        self._host = host or host_identity()
-        self._directory = directory
-        self._lock = threading.Lock()
-        self._pools: dict[str, PoolFile] = {}
-
-    def read(self, handle: TensorHandle) -> torch.Tensor:
-        """A copy of the tensor that the handle names, the caller's own.
-
-        Raises:
-            HandleLostError: It is not, or no longer, there: another host, a closed or replaced
-                pool, a slot that has gone to another tensor, or a handle that fits no slot.
-        """
-        if handle.kind != MappedMemory.kind:
-            raise HandleLostError(f"kind {handle.kind!r} is not read from a pool")
-        if handle.host != self._host:
-            raise HandleLostError(f"pool {handle.pool} is on another host")
-        file = self._open(handle.pool)
-        if file.owner != handle.owner:
-            raise HandleLostError(f"pool {handle.pool} is not {handle.owner}'s")
-        size = num_bytes(handle.shape, handle.dtype)
-        if not 0 <= handle.slot < file.layout.num_slots or size > file.layout.slot_bytes:
-            raise HandleLostError(f"slot {handle.slot} of {size} bytes is not in {handle.pool}")
-        self._check_generation(file, handle)
-        if file.published_bytes(handle.slot) != size:
-            raise HandleLostError(f"slot {handle.slot} of {handle.pool} is not {size} bytes")
-        tensor = MappedMemory(file).read(handle.slot, handle.shape, DTYPES[handle.dtype])
-        fence()
-        self._check_generation(file, handle)
-        return tensor
-
-    def running_seq(self, pool: str) -> int:
-        """The seq of the scheduler slot that a pool's owner is running or last ran, -1 for none.
-
-        Raises:
-            HandleLostError: There is no such pool on this host any more.
-        """
-        return self._open(pool).running_seq
-
-    def drop_dead(self) -> int:
-        """Let go of the pools whose files are gone: unmapping frees their memory. How many."""
-        with self._lock:
-            dead = [name for name, file in self._pools.items() if not file.is_linked()]
-            for name in dead:
-                del self._pools[name]
-            return len(dead)
-
-    def close(self) -> None:
-        """Let go of every pool. Readers never delete anything."""
-        with self._lock:
-            self._pools.clear()
-
-    def _open(self, name: str) -> PoolFile:
-        file = self._pools.get(name)
-        if file is not None and file.is_linked():
-            return file
-        self.drop_dead()
-        file = open_pool_file(name, host=self._host, directory=self._directory)
-        with self._lock:
-            return self._pools.setdefault(name, file)
-
-    def _check_generation(self, file: PoolFile, handle: TensorHandle) -> None:
-        found = file.generation(handle.slot)
-        fence()
-        if found != handle.generation or found == 0:
-            raise HandleLostError(
-                f"slot {handle.slot} of {handle.pool} is at generation {found}, "
-                f"not {handle.generation}"
-            )
