@@ -1,0 +1,163 @@
+"""Runs a prepared stack from its first process to its last trace."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from prometheus_client.multiprocess import mark_process_dead
+from redis.asyncio import Redis
+from rich.console import Console
+
+from cli.data_folder import DataFolder, default_data_folder
+from cli.embedded_redis import choose_socket, find_redis_binary, wait_for_redis
+from cli.machine import memory_bytes
+from cli.narrator import Narrator
+from cli.readiness import StartWatch
+from cli.service_log import LogLine
+from cli.stack import Stack, StackOptions, limit_image_budget, prepare_stack, redis_service
+from cli.supervisor import Death, Service, Supervisor
+from shared.errors import ConfigurationError
+from shared.pool_file import sweep
+
+REDIS_LOAD_TIMEOUT_S: Final = 300.0
+EXTERNAL_REDIS_TIMEOUT_S: Final = 3.0
+GRACE_S: Final = 10.0
+_STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def run_stack(
+    options: StackOptions, *, data_dir: Path | None, redis_url: str | None, verbose: bool
+) -> int:
+    """Run a stack until it is told to stop; the exit code: 0, or 1 if a service was given up.
+
+    Raises:
+        ConfigurationError: It can't run as it was asked to; nothing has been started then, or
+            everything is stopped again.
+    """
+    folder = DataFolder(path=(data_dir or default_data_folder()).absolute())
+    narrator = Narrator(Console(), is_verbose=verbose)
+    redis_url = redis_url or os.environ.get("SYNERDIFF_REDIS_URL")
+    if not redis_url:
+        limit_image_budget(memory_bytes())
+    stack = prepare_stack(options)
+    with folder.locked(f"process {os.getpid()} ({stack.url})") as lock_descriptor:
+        folder.create()
+        redis: Service | None = None
+        socket_path: Path | None = None
+        if not redis_url:
+            binary = find_redis_binary()
+            socket_path = choose_socket(folder.path, Path(tempfile.gettempdir()))
+            redis = redis_service(
+                binary,
+                folder=folder,
+                socket_path=socket_path,
+                memory_bytes=memory_bytes(),
+                lock_descriptor=lock_descriptor,
+            )
+            redis_url = f"unix://{socket_path}"
+        running = RunningStack(
+            stack=stack, folder=folder, narrator=narrator, redis_url=redis_url, redis=redis
+        )
+        try:
+            return asyncio.run(running.run())
+        finally:
+            if socket_path:
+                socket_path.unlink(missing_ok=True)
+            sweep()
+
+
+@dataclass(slots=True)
+class RunningStack:
+    """One run of a stack; observes its own supervisor.
+
+    redis: the embedded server, None if `redis_url` names somebody else's.
+    """
+
+    stack: Stack
+    folder: DataFolder
+    narrator: Narrator
+    redis_url: str
+    redis: Service | None
+    _stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def on_log_line(self, service: str, line: LogLine) -> None:
+        """Pass it on."""
+        self.narrator.log_line(service, line)
+
+    def on_death(self, death: Death) -> None:
+        """Pass it on."""
+        self.narrator.death(death, self.folder.logs)
+
+    def on_end(self, pid: int) -> None:
+        """Clear what the process left: gauges of its own, and its tensor pool if it had one."""
+        mark_process_dead(pid, str(self.folder.metrics))  # type: ignore[no-untyped-call]
+        sweep()
+
+    async def run(self) -> int:
+        """Start everything, wait, stop everything; the exit code."""
+        supervisor = Supervisor(log_folder=self.folder.logs, observer=self)
+        loop = asyncio.get_running_loop()
+        for number in _STOP_SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, supervisor)
+        end = asyncio.create_task(self._wait_for_end(supervisor))
+        start = asyncio.create_task(self._start(supervisor))
+        try:
+            await asyncio.wait({start, end}, return_when=asyncio.FIRST_COMPLETED)
+            if start.done():
+                start.result()
+            return await end
+        finally:
+            for task in (start, end):
+                task.cancel()
+            await asyncio.gather(start, end, return_exceptions=True)
+            with self.narrator.waiting("Stopping"):
+                await supervisor.stop(grace_s=GRACE_S)
+            self.narrator.say("SynerDiff has stopped")
+
+    def _on_signal(self, supervisor: Supervisor) -> None:
+        """The first one asks, the second one insists."""
+        if self._stopping.is_set():
+            supervisor.kill()
+        self._stopping.set()
+
+    async def _wait_for_end(self, supervisor: Supervisor) -> int:
+        stopped = asyncio.create_task(self._stopping.wait())
+        given_up = asyncio.create_task(supervisor.wait_given_up())
+        try:
+            await asyncio.wait({stopped, given_up}, return_when=asyncio.FIRST_COMPLETED)
+            return 0 if stopped.done() else 1
+        finally:
+            stopped.cancel()
+            given_up.cancel()
+
+    async def _start(self, supervisor: Supervisor) -> None:
+        with self.narrator.waiting("Starting"):
+            await self._start_redis(supervisor)
+            redis = Redis.from_url(self.redis_url, protocol=2, socket_timeout=5)
+            async with redis:
+                watch = await StartWatch.begin(redis, self.stack)
+                for service in self.stack.services(self.redis_url, self.folder.metrics):
+                    await supervisor.start(service)
+                async with contextlib.aclosing(watch.announcements()) as announcements:
+                    async for announcement in announcements:
+                        self.narrator.service_up(announcement.service, announcement.detail)
+        self.narrator.say(f"SynerDiff is ready: {self.stack.url}", style="bold green")
+
+    async def _start_redis(self, supervisor: Supervisor) -> None:
+        if not self.redis:
+            await wait_for_redis(self.redis_url, timeout_s=EXTERNAL_REDIS_TIMEOUT_S)
+            self.narrator.service_up("redis", self.redis_url.rpartition("@")[2])
+            return
+        await supervisor.start(self.redis)
+        try:
+            await wait_for_redis(self.redis_url, timeout_s=REDIS_LOAD_TIMEOUT_S)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{error}; see {self.folder.logs / 'redis.log'}") from error
+        self.narrator.service_up("redis", f"{self.redis.command[0]}, in {self.folder.path}")

@@ -1,0 +1,106 @@
+"""A service's log file: the service writes it, the supervisor follows it and keeps it small."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+LEVELS: Final = ("debug", "info", "warning", "error", "critical")
+MAX_LOG_BYTES: Final = 32 << 20
+_MAX_READ_BYTES: Final = 1 << 20
+_LEVEL_MARK: Final = re.compile(
+    r"""\[(?P<text>debug|info|warning|error|critical)\s*\]"""
+    r"""|"level":\s*"(?P<json>debug|info|warning|error|critical)\""""
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogLine:
+    """One line of a service's output. level: its own, or that of the line it continues."""
+
+    text: str
+    level: str
+
+    @property
+    def is_alarming(self) -> bool:
+        """Whether a person at the terminal should see it unasked."""
+        return LEVELS.index(self.level) >= LEVELS.index("warning")
+
+
+def level_of(line: str, previous: str) -> str:
+    """The level of a line as `shared.logs` writes it, as text or JSON.
+
+    A line that names none continues the `previous` one (a traceback below an error), unless it
+    begins a traceback of its own: that is an error.
+    """
+    if match := _LEVEL_MARK.search(line):
+        return match["text"] or match["json"]
+    return "error" if line.startswith("Traceback (most recent call last)") else previous
+
+
+class ServiceLog:
+    """One log file, begun anew; what was there before is kept beside it as `NAME.log.1`.
+
+    Args:
+        path: The file. Its folder exists.
+        max_bytes: Beyond this the file moves to `.1` and goes on empty.
+        tail_lines: Last lines to remember.
+    """
+
+    def __init__(self, path: Path, *, max_bytes: int = MAX_LOG_BYTES, tail_lines: int = 15) -> None:
+        self.path = path
+        self._max_bytes = max_bytes
+        self._tail: deque[str] = deque(maxlen=tail_lines)
+        self._position = 0
+        self._rest = b""
+        self._level = "info"
+        if path.exists():
+            path.replace(self._previous_path)
+        path.touch()
+
+    @property
+    def _previous_path(self) -> Path:
+        return self.path.with_name(self.path.name + ".1")
+
+    @property
+    def tail(self) -> tuple[str, ...]:
+        """The last lines read."""
+        return tuple(self._tail)
+
+    def open_for_service(self) -> int:
+        """A descriptor to give to the service as its output; the caller closes it.
+
+        It appends, so that the file can be emptied while the service writes.
+        """
+        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def read_new_lines(self, *, is_final: bool = False) -> list[LogLine]:
+        """Whole lines written since the last call; with `is_final` an unfinished one, too."""
+        with self.path.open("rb") as file:
+            file.seek(self._position)
+            content = file.read(_MAX_READ_BYTES)
+        self._position += len(content)
+        *lines, self._rest = (self._rest + content).split(b"\n")
+        if is_final and self._rest:
+            lines.append(self._rest)
+            self._rest = b""
+        if self._position > self._max_bytes:
+            self._start_over()
+        return [self._line(line.decode(errors="replace").rstrip()) for line in lines]
+
+    def _line(self, text: str) -> LogLine:
+        self._level = level_of(text, self._level)
+        if text:
+            self._tail.append(text)
+        return LogLine(text=text, level=self._level)
+
+    def _start_over(self) -> None:
+        """Copy, then empty: the service's descriptor stays good; a line in between may be lost."""
+        shutil.copyfile(self.path, self._previous_path)
+        os.truncate(self.path, 0)
+        self._position = 0

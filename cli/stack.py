@@ -1,0 +1,210 @@
+"""What a stack consists of: from the options of `synerdiff up` to its services."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cli.data_folder import DataFolder
+from cli.embedded_redis import RedisBinary, choose_maxmemory_bytes, redis_command
+from cli.supervisor import Service
+from shared.errors import ConfigurationError
+from shared.settings import (
+    GatewaySettings,
+    SchedulerSettings,
+    ServiceSettings,
+    UnetWorkerSettings,
+    VaeWorkerSettings,
+    load_settings,
+)
+
+EMBEDDED_MODEL: Final = Path(__file__).resolve().parents[1] / "models" / "emoji"
+_ALL_INTERFACES: Final = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104
+_STOP_RANKS: Final = {"gateway": 0, "unet": 1, "vae": 1, "scheduler": 2, "redis": 3}
+_MIB: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackOptions:
+    """The options of `synerdiff up`; None leaves a setting to its environment variable or default.
+
+    port: 0 takes any that is free. model: a diffusers folder.
+    """
+
+    host: str | None = None
+    port: int | None = None
+    model: Path | None = None
+    device: str | None = None
+    dtype: str | None = None
+    policy: str | None = None
+    unet_workers: int = 1
+    vae_workers: int = 1
+    log_format: str | None = None
+    log_level: str | None = None
+
+    def environment(self) -> dict[str, str]:
+        """The SYNERDIFF_* variables that say what was chosen here."""
+        chosen = {
+            "HOST": self.host,
+            "PORT": self.port,
+            "MODEL": self.model.resolve() if self.model else None,
+            "DEVICE": self.device,
+            "DTYPE": self.dtype,
+            "POLICY": self.policy,
+            "LOG_FORMAT": self.log_format,
+            "LOG_LEVEL": self.log_level,
+        }
+        return {
+            f"SYNERDIFF_{name}": str(value) for name, value in chosen.items() if value is not None
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stack:
+    """A stack that may be started: its settings are good, its port is free, its model is there.
+
+    environment: of every service, complete but for the address of Redis.
+    """
+
+    host: str
+    port: int
+    model: Path
+    policy: str
+    unet_workers: tuple[str, ...]
+    vae_workers: tuple[str, ...]
+    environment: Mapping[str, str]
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where to reach the gateway from this machine."""
+        return _ALL_INTERFACES.get(self.host, self.host), self.port
+
+    @property
+    def url(self) -> str:
+        """The gateway's address for a browser on this machine."""
+        host, port = self.address
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def services(self, redis_url: str, metrics_folder: Path) -> list[Service]:
+        """The gateway, the scheduler and the workers, in the order in which to start them."""
+        environment = dict(self.environment) | {
+            "SYNERDIFF_REDIS_URL": redis_url,
+            "PROMETHEUS_MULTIPROC_DIR": str(metrics_folder),
+            "PYTHONFAULTHANDLER": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        return [
+            _service("gateway", "gateway", environment),
+            _service("scheduler", "scheduler", environment),
+            *(_worker(name, "unet", environment) for name in self.unet_workers),
+            *(_worker(name, "vae", environment) for name in self.vae_workers),
+        ]
+
+
+def prepare_stack(options: StackOptions) -> Stack:
+    """Check everything that can be checked before anything starts.
+
+    Sets the options' variables in this process's environment, which the services inherit.
+
+    Raises:
+        ConfigurationError: A setting is wrong, the model is not there, or the port is taken.
+    """
+    os.environ.update(options.environment())
+    os.environ.setdefault("SYNERDIFF_MODEL", str(EMBEDDED_MODEL))
+    load_settings(ServiceSettings)
+    gateway = load_settings(GatewaySettings)
+    scheduler = load_settings(SchedulerSettings)
+    worker = load_settings(UnetWorkerSettings)
+    load_settings(VaeWorkerSettings)
+    if not (worker.model / "model_index.json").is_file():
+        raise ConfigurationError(
+            f"no model at {worker.model}: --model should name a folder in diffusers' format, "
+            "with a model_index.json"
+        )
+    port = reserve_port(gateway.host, gateway.port)
+    return Stack(
+        host=gateway.host,
+        port=port,
+        model=worker.model,
+        policy=scheduler.policy,
+        unet_workers=tuple(f"unet-{i}" for i in range(options.unet_workers)),
+        vae_workers=tuple(f"vae-{i}" for i in range(options.vae_workers)),
+        environment=dict(os.environ) | {"SYNERDIFF_PORT": str(port)},
+    )
+
+
+def reserve_port(host: str, port: int) -> int:
+    """The port to listen on: `port` if it is free, any free one for 0.
+
+    Raises:
+        ConfigurationError: It is taken, or the host is none of this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen()
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise ConfigurationError(
+            f"can't listen on {host}, port {port} ({error.strerror}); "
+            "choose others with --host and --port"
+        ) from error
+
+
+def redis_service(
+    binary: RedisBinary,
+    *,
+    folder: DataFolder,
+    socket_path: Path,
+    memory_bytes: int,
+    lock_descriptor: int,
+) -> Service:
+    """The embedded server. It holds the folder's lock as long as it lives."""
+    return Service(
+        name="redis",
+        command=redis_command(
+            binary,
+            data_folder=folder.redis,
+            socket=socket_path,
+            maxmemory_bytes=choose_maxmemory_bytes(memory_bytes),
+        ),
+        environment=dict(os.environ) | {"LC_ALL": "C"},  # it does not start with a bad locale
+        stop_rank=_STOP_RANKS["redis"],
+        death_signal=signal.SIGTERM,
+        inherited_fds=(lock_descriptor,),
+    )
+
+
+def limit_image_budget(memory_bytes: int) -> None:
+    """Keep stored images within half of the embedded server's memory, unless told otherwise."""
+    budget_mb = choose_maxmemory_bytes(memory_bytes) // 2 // _MIB
+    default_mb = ServiceSettings.model_fields["image_budget_mb"].default
+    os.environ.setdefault("SYNERDIFF_IMAGE_BUDGET_MB", str(min(budget_mb, default_mb)))
+
+
+def _worker(name: str, kind: str, environment: Mapping[str, str]) -> Service:
+    """A compute process. Waiting OpenMP threads must sleep: spinning ones stall the other one."""
+    own = {"SYNERDIFF_WORKER_ID": name, "OMP_WAIT_POLICY": "PASSIVE"}
+    return _service(name, f"{kind}_worker", {**environment, **own}, rank=_STOP_RANKS[kind])
+
+
+def _service(
+    name: str, package: str, environment: Mapping[str, str], *, rank: int | None = None
+) -> Service:
+    return Service(
+        name=name,
+        # -P: the folder in which `up` was called must not hide our packages.
+        command=(sys.executable, "-P", "-m", f"services.{package}"),
+        environment=environment,
+        stop_rank=_STOP_RANKS[name] if rank is None else rank,
+    )

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cli.service_log import ServiceLog, level_of
+from cli.supervisor import DeathCount, RestartPolicy
+
+
+@pytest.mark.parametrize(
+    ("line", "level"),
+    [
+        ("2026-11-23T10:00:00Z [warning  ] pool is full", "warning"),
+        ("2026-11-23T10:00:00Z [info     ] epoch begun", "info"),
+        ('{"event": "x", "level": "error"}', "error"),
+        ("Traceback (most recent call last):", "error"),
+        ("  a line that continues", "debug"),
+    ],
+)
+def test_a_line_has_its_own_level_or_that_of_the_line_before(line: str, level: str) -> None:
+    assert level_of(line, "debug") == level
+
+
+def write(log: ServiceLog, content: bytes) -> None:
+    descriptor = log.open_for_service()
+    os.write(descriptor, content)
+    os.close(descriptor)
+
+
+def test_a_log_hands_out_whole_lines_once(tmp_path: Path) -> None:
+    log = ServiceLog(tmp_path / "x.log")
+    write(log, b"[error] one\ntw")
+    assert [line.text for line in log.read_new_lines()] == ["[error] one"]
+    write(log, b"o\nrest")
+    assert [line.text for line in log.read_new_lines()] == ["two"]
+    last = log.read_new_lines(is_final=True)
+    assert [(line.text, line.level, line.is_alarming) for line in last] == [("rest", "error", True)]
+    assert log.tail == ("[error] one", "two", "rest")
+
+
+def test_the_log_of_the_run_before_is_kept(tmp_path: Path) -> None:
+    write(ServiceLog(tmp_path / "x.log"), b"old\n")
+    log = ServiceLog(tmp_path / "x.log")
+    assert log.path.read_text() == ""
+    assert (tmp_path / "x.log.1").read_text() == "old\n"
+
+
+def test_a_log_that_grows_too_large_begins_again_under_the_same_descriptor(tmp_path: Path) -> None:
+    log = ServiceLog(tmp_path / "x.log", max_bytes=10)
+    descriptor = log.open_for_service()
+    os.write(descriptor, b"0123456789abc\n")
+    assert len(log.read_new_lines()) == 1
+    os.write(descriptor, b"more\n")
+    os.close(descriptor)
+    assert [line.text for line in log.read_new_lines()] == ["more"]
+    assert log.path.read_bytes() == b"more\n"
+    assert (tmp_path / "x.log.1").read_bytes() == b"0123456789abc\n"
+
+
+def test_delays_double_up_to_their_maximum() -> None:
+    deaths = DeathCount(policy=RestartPolicy(first_delay_s=1, max_delay_s=5, max_quick_deaths=9))
+    delays = [deaths.delay_after(exit_code=1, lived_s=0) for _ in range(5)]
+    assert delays == [1, 2, 4, 5, 5]
+
+
+def test_a_long_life_forgives_the_deaths_before_it() -> None:
+    deaths = DeathCount(policy=RestartPolicy(max_quick_deaths=2, quick_death_s=10))
+    assert deaths.delay_after(exit_code=1, lived_s=1) is not None
+    assert deaths.delay_after(exit_code=1, lived_s=11) is not None
+    assert deaths.delay_after(exit_code=1, lived_s=1) is None
+
+
+def test_a_kill_from_outside_never_makes_the_supervisor_give_up() -> None:
+    deaths = DeathCount(policy=RestartPolicy(max_quick_deaths=2))
+    assert all(deaths.delay_after(exit_code=-9, lived_s=0) is not None for _ in range(50))
