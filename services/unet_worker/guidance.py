@@ -1,0 +1,137 @@
+"""Classifier-free guidance, and when a guided step may do without its negative row.
+
+The guidance direction of a step is noise_pred_text - noise_pred_uncond. It changes slowly along a
+trajectory, so that a step may run the positive row only and take the direction extrapolated from
+the request's last two full steps ("skipped" step). Which steps may be skipped follows from two
+limits: the gap to the last full step, which grows along the trajectory, and the error the
+extrapolation made at that full step, where it was measured. Everything here is a pure function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkipParameters:
+    """One level of adaptive skip-CFG; lengths are fractions of the trajectory.
+
+    warm_up: full steps at the beginning. first_gap, gap_growth: a full step at fraction u of the
+    trajectory must be followed by the next one within first_gap + gap_growth * u, and within
+    max_gap. max_error: relative error of the extrapolation that is put up with; where a full step
+    has measured it, it is taken to grow linearly with the distance. slope: share of the linear
+    extrapolation that is applied (0 reuses the last direction, 1 extrapolates fully). max_reach:
+    distance that is extrapolated over, in intervals between the last two full steps.
+    """
+
+    warm_up: float
+    first_gap: float
+    gap_growth: float
+    max_gap: float
+    max_error: float
+    slope: float = 0.5
+    max_reach: float = 1.0
+
+
+SKIP_LEVELS: Mapping[str, SkipParameters | None] = {
+    "off": None,
+    # Full at steps 0 1 2 3 5 7 10 13 17 21 of 25.
+    "balanced": SkipParameters(
+        warm_up=0.12, first_gap=0.052, gap_growth=0.25, max_gap=0.16, max_error=0.5
+    ),
+    # Full at steps 0 1 2 4 6 9 13 19 of 25.
+    "fast": SkipParameters(
+        warm_up=0.08, first_gap=0.06, gap_growth=0.35, max_gap=0.24, max_error=1.0
+    ),
+}
+"""Levels by the name that a request's `guidance_skip` carries; to be calibrated per model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuidanceRecord:
+    """What a request remembers of its full steps.
+
+    full_steps: step indices of the last two, oldest first. error: relative norm of (extrapolated -
+    actual direction) at the last one, inf while unknown. distance: steps it was extrapolated over.
+    """
+
+    full_steps: tuple[int, ...] = ()
+    error: float = math.inf
+    distance: int = 1
+
+    def after_full_step(self, step_index: int, error: float) -> GuidanceRecord:
+        """The record after a full step; `error` counts only where a direction was known before."""
+        if not self.full_steps:
+            return GuidanceRecord(full_steps=(step_index,))
+        return GuidanceRecord(
+            full_steps=(self.full_steps[-1], step_index),
+            error=error if math.isfinite(error) else math.inf,
+            distance=step_index - self.full_steps[-1],
+        )
+
+
+def num_skippable(parameters: SkipParameters, record: GuidanceRecord, num_steps: int) -> int:
+    """How many steps in a row may be skipped right after the record's last full step."""
+    if len(record.full_steps) < 2:  # noqa: PLR2004
+        return 0
+    last = record.full_steps[-1]
+    if last + 1 < parameters.warm_up * num_steps:
+        return 0
+    gap = min(
+        parameters.first_gap * num_steps + parameters.gap_growth * last,
+        parameters.max_gap * num_steps,
+    )
+    by_gap = math.floor(gap + 1e-9) - 1
+    if record.error <= 0:
+        return max(by_gap, 0)
+    by_error = math.floor(parameters.max_error * record.distance / record.error)
+    return max(min(by_gap, by_error), 0)
+
+
+def can_skip(
+    parameters: SkipParameters | None, record: GuidanceRecord, step_index: int, num_steps: int
+) -> bool:
+    """Whether guided step `step_index` may extrapolate its direction."""
+    if parameters is None or not record.full_steps:
+        return False
+    return 0 < step_index - record.full_steps[-1] <= num_skippable(parameters, record, num_steps)
+
+
+def extrapolation_weight(
+    parameters: SkipParameters, record: GuidanceRecord, step_index: int
+) -> float:
+    """The w in `extrapolate` for a step after the record's last full one."""
+    if len(record.full_steps) < 2:  # noqa: PLR2004
+        return 0.0
+    older, newest = record.full_steps
+    reach = min((step_index - newest) / (newest - older), parameters.max_reach)
+    return parameters.slope * reach
+
+
+def guide(
+    noise_pred_uncond: torch.Tensor, direction: torch.Tensor, guidance_scale: torch.Tensor
+) -> torch.Tensor:
+    """Guided prediction uncond + s (text - uncond), in the order in which diffusers computes it."""
+    return noise_pred_uncond + guidance_scale * direction
+
+
+def guide_from_text(
+    noise_pred_text: torch.Tensor, direction: torch.Tensor, guidance_scale: torch.Tensor
+) -> torch.Tensor:
+    """The same from the positive row alone: text + (s - 1) (text - uncond)."""
+    return noise_pred_text + (guidance_scale - 1.0) * direction
+
+
+def extrapolate(newest: torch.Tensor, older: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The direction newest + w (newest - older), shapes (rows, C, h, w) and w (rows, 1, 1, 1)."""
+    return newest + weight * (newest - older)
+
+
+def relative_error(estimate: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
+    """|estimate - actual| / |actual| per row, shape (rows,); inf or nan where actual is 0."""
+    error, size = ((one.flatten(1) ** 2).sum(dim=1).sqrt() for one in (estimate - actual, actual))
+    return error / size

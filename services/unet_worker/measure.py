@@ -1,0 +1,61 @@
+"""Times a model's UNet by rows, without any request."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+
+from services.unet_worker.model import DiffusionModel
+from services.unet_worker.slot import predict_noise
+
+
+def warm_up(
+    model: DiffusionModel, sizes: Sequence[tuple[int, int]], row_counts: Sequence[int]
+) -> None:
+    """Run the UNet once at every (height, width) in pixels with every number of rows."""
+    for height, width in sizes:
+        for num_rows in row_counts:
+            _forward_zeros(model, num_rows, height, width)
+
+
+def measure(
+    model: DiffusionModel,
+    row_counts: Sequence[int],
+    *,
+    size: tuple[int, int] | None = None,
+    num_repeats: int = 5,
+) -> dict[int, float]:
+    """Median milliseconds of a UNet forward by its rows, at `size` or the model's default."""
+    height, width = size or (model.facts.default_height, model.facts.default_width)
+    medians_ms = {}
+    for num_rows in row_counts:
+        _forward_zeros(model, num_rows, height, width)
+        durations_s = []
+        for _ in range(num_repeats):
+            started_at = time.perf_counter()
+            _forward_zeros(model, num_rows, height, width)
+            durations_s.append(time.perf_counter() - started_at)
+        medians_ms[num_rows] = statistics.median(durations_s) * 1e3
+    return medians_ms
+
+
+@torch.inference_mode()
+def _forward_zeros(model: DiffusionModel, num_rows: int, height: int, width: int) -> None:
+    facts = model.facts
+    factor = facts.vae_scale_factor
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros((num_rows, *shape), dtype=dtype, device=model.device)
+
+    predict_noise(
+        model,
+        zeros(facts.latent_channels, height // factor, width // factor),
+        zeros(),
+        zeros(facts.max_tokens, facts.text_width, dtype=model.dtype),
+        zeros(facts.timestep_cond_channels, dtype=model.dtype),
+    )
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
