@@ -98,7 +98,7 @@ class TorchIpc:
         with torch.cuda.device(self._device):
             (
                 _device,
-                storage_handle,
+                handle,
                 storage_size_bytes,
                 storage_offset_bytes,
                 ref_counter_handle,
@@ -107,7 +107,7 @@ class TorchIpc:
                 event_sync_required,
             ) = storage._share_cuda_()
         return CudaExport(
-            storage_handle=storage_handle,
+            storage_handle=handle,
             storage_bytes=storage_size_bytes,
             storage_offset_bytes=storage_offset_bytes,
             counter_handle=ref_counter_handle,

@@ -35,12 +35,12 @@ def pool_name(owner: str) -> str:
     """The name of an incarnation's pool.
 
     Raises:
-        ValueError: The incarnation would make no file name.
+        ConfigurationError: The incarnation would make no file name.
     """
     name = PREFIX + owner
     if not _NAME.fullmatch(name):
-        raise ValueError(
-            f"incarnation {owner!r} makes no file name: letters, digits, '.', '_', '-'"
+        raise ConfigurationError(
+            f"incarnation {owner!r} names a file: 1 to 128 ASCII letters, digits, '.', '_' and '-'"
         )
     return name
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensor_pools import HOST
 
 from shared.errors import ConfigurationError, HandleLostError
+from shared.slot_memory import MappedSlots
+from shared.tensor_bytes import DTYPES, pack_tensor, unpack_tensor
 from shared.tensor_pool import TensorPool, TensorReader
-
-HOST = "this-host"
 
 
 @pytest.fixture
@@ -71,6 +72,72 @@ def test_a_released_slot_is_lost_to_its_old_handle(pool, reader) -> None:
     assert torch.equal(reader.read(new), torch.zeros(4))
 
 
+@pytest.mark.parametrize("fate", ["released", "expired", "reused"])
+def test_a_slot_that_goes_while_it_is_copied_is_lost(pool, reader, monkeypatch, fate) -> None:
+    handle = publish(pool, torch.ones(4))
+    copy_slot = MappedSlots.read
+
+    def copy_and_lose(self, *args) -> torch.Tensor:
+        copy = copy_slot(self, *args)
+        if fate == "expired":
+            assert pool.expire(10) == (handle,)
+        else:
+            assert pool.release(handle.slot, handle.generation)
+        if fate == "reused":
+            assert publish(pool, torch.zeros(4)).slot == handle.slot
+        return copy
+
+    monkeypatch.setattr(MappedSlots, "read", copy_and_lose)
+    with pytest.raises(HandleLostError, match="generation"):
+        reader.read(handle)
+
+
+def test_a_slot_being_written_is_not_yet_there(pool, reader, monkeypatch) -> None:
+    old = publish(pool, torch.ones(4))
+    assert pool.release(old.slot, old.generation)
+    write_slot = MappedSlots.write
+
+    def look_and_write(self, *args) -> None:
+        for generation in (old.generation, old.generation + 1):
+            with pytest.raises(HandleLostError, match="generation 0"):
+                reader.read(replace(old, generation=generation))
+        write_slot(self, *args)
+
+    monkeypatch.setattr(MappedSlots, "write", look_and_write)
+    new = publish(pool, torch.zeros(4))
+    assert torch.equal(reader.read(new), torch.zeros(4))
+
+
+def test_a_tensor_that_does_not_fit_gives_its_slot_back(pool) -> None:
+    for tensor in (torch.ones(4096), torch.ones(4).double(), torch.ones(0)):
+        with pytest.raises(ValueError, match=r"fit|travel"):
+            publish(pool, tensor)
+        assert pool.num_free == pool.num_slots
+
+
+def test_slots_that_nobody_acquired_are_neither_published_nor_abandoned(pool) -> None:
+    handle = publish(pool, torch.ones(4))
+    for slot in (handle.slot, 1 - handle.slot):
+        with pytest.raises(ValueError, match="not acquired"):
+            pool.publish(slot, torch.ones(4), now=0)
+        with pytest.raises(ValueError, match="not acquired"):
+            pool.abandon(slot)
+
+
+def test_tensors_of_any_stride_are_published(pool, reader) -> None:
+    tensor = torch.arange(64.0).view(8, 8)
+    for view in (tensor.T, tensor[::2, 1:3], tensor.to(memory_format=torch.contiguous_format)):
+        handle = publish(pool, view)
+        assert torch.equal(reader.read(handle), view)
+        pool.release(handle.slot, handle.generation)
+
+
+def test_what_was_read_is_the_readers_own(pool, reader) -> None:
+    handle = publish(pool, torch.ones(4))
+    reader.read(handle).zero_()
+    assert torch.equal(reader.read(handle), torch.ones(4))
+
+
 def test_a_stale_release_changes_nothing(pool, reader) -> None:
     old = publish(pool, torch.ones(4))
     assert pool.release(old.slot, old.generation)
@@ -126,3 +193,26 @@ def test_the_running_seq_is_seen_by_readers(pool, reader) -> None:
 def test_an_owner_has_one_pool(pool, directory) -> None:
     with pytest.raises(ConfigurationError, match="unet-1"):
         TensorPool("unet-1", num_slots=1, slot_bytes=1, host=HOST, directory=directory)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_inline_copy_is_unpacked_bit_for_bit(dtype) -> None:
+    tensor = torch.randn(2, 3, 5).to(DTYPES[dtype]).transpose(0, 2)
+    payload = pack_tensor(tensor)
+    copy = unpack_tensor(payload, tensor.shape, dtype)
+    assert torch.equal(copy, tensor)
+    copy.zero_()
+    assert torch.equal(unpack_tensor(payload, tensor.shape, dtype), tensor)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((5,), "float32"), ((4,), "float16"), ((), "float32"), ((4,), "int8")]
+)
+def test_an_inline_copy_of_another_size_is_lost(shape, dtype) -> None:
+    with pytest.raises(HandleLostError):
+        unpack_tensor(pack_tensor(torch.ones(4)), shape, dtype)
+
+
+def test_a_dtype_that_latents_never_have_is_not_packed() -> None:
+    with pytest.raises(ValueError, match="travel"):
+        pack_tensor(torch.ones(4).long())
