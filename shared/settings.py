@@ -89,6 +89,7 @@ class WorkerSettings(ServiceSettings):
 class UnetWorkerSettings(WorkerSettings):
     """max_requests: resident at once. pool_slots: finished latents waiting to be decoded."""
 
+    max_side: int = Field(1_024, ge=8)
     max_requests: int = Field(64, ge=1)
     pool_slots: int = Field(128, ge=1)
     pool_slot_kb: int = Field(256, ge=1)

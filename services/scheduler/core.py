@@ -204,7 +204,9 @@ class Core:
 
     @_handle.register
     def _on_latents(self, event: messages.LatentsFinished) -> None:
-        request = self._current(event.request_id, event.attempt, Stage.DENOISING)
+        request = self._current(
+            event.request_id, event.attempt, Stage.DENOISING, Stage.RECOVERING
+        )
         if request is None:
             if not self._is_current(event.request_id, event.attempt):
                 self._release_latents(event)

@@ -1,0 +1,331 @@
+"""The UNet worker's shell: admits requests, runs slots, hands finished latents over."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from functools import partial
+from typing import Any, cast
+
+import torch
+from redis.asyncio import Redis
+
+from services.unet_worker.denoiser import Denoiser, FinishedLatents
+from services.unet_worker.model import DiffusionModel, load_model
+from services.unet_worker.samplers import DEFAULT_SAMPLER
+from shared import codec, keys, metrics
+from shared.errors import SynerDiffError
+from shared.logs import get_logger
+from shared.messages import (
+    AdmitRequest,
+    BeginEpoch,
+    DenoiseSlot,
+    HeldRequest,
+    LatentsFinished,
+    Message,
+    ModelInfo,
+    ReleaseLatents,
+    ReleaseRequest,
+    RequestAdmitted,
+    RequestFailed,
+    SlotDenoised,
+    TensorHandle,
+    WorkerAnnounced,
+    WorkerInfo,
+)
+from shared.settings import UnetWorkerSettings, available_threads
+from shared.tensor_bytes import dtype_name, pack_tensor
+from shared.tensor_pool import TensorPool
+from shared.worker import (
+    ComputeThread,
+    WorkerLink,
+    find_place,
+    make_incarnation,
+    make_worker_id,
+)
+
+PROFILE_ROWS = (1, 2, 4, 8, 16)
+"""Slot sizes measured at the start; the scheduler finds the knee among them."""
+
+log = get_logger()
+
+
+class UnetWorkerService:
+    """One UNet worker process.
+
+    Args:
+        redis: The connection; the caller owns it.
+        settings: As read at the start.
+    """
+
+    def __init__(self, redis: Redis, settings: UnetWorkerSettings) -> None:
+        worker_id = settings.worker_id or make_worker_id("unet")
+        self._redis = redis
+        self._settings = settings
+        self._worker_id = worker_id
+        self._threads = settings.threads or available_threads()
+        self._link = WorkerLink(
+            redis, make_incarnation(worker_id), heartbeat_ttl_ms=settings.heartbeat_ttl_ms
+        )
+        self._compute = ComputeThread(self._threads)
+        self._denoiser: Denoiser
+        self._pool: TensorPool | None = None
+        self._slots: deque[DenoiseSlot] = deque()
+        self._finished: dict[str, FinishedLatents] = {}
+        self._unpublished: deque[FinishedLatents] = deque()
+        self._handed_over: dict[tuple[int, int], LatentsFinished] = {}
+        self._epoch = 0
+
+    def stop(self) -> None:
+        """End `run` after the current slot."""
+        self._link.stop()
+
+    async def run(self) -> None:
+        """Load, measure, register, denoise until stopped."""
+        info = await self._compute.run(self._start)
+        log.info("ready", step_ms={rows: round(ms, 1) for rows, ms in info.step_ms.items()})
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._link.run(info))
+                group.create_task(self._expire_latents())
+                while not self._link.is_stopping:
+                    await self._link.news()
+                    await self._take_messages(group)
+                    while self._slots and not self._link.is_stopping:
+                        await self._run_slot(self._slots.popleft(), group)
+                        await self._take_messages(group)
+        finally:
+            self._compute.close()
+            if self._pool:
+                self._pool.close()
+
+    # --- start ----------------------------------------------------------------------------------
+
+    def _start(self) -> WorkerInfo:
+        """Load the model, warm it up and measure slots; runs in the compute thread."""
+        settings = self._settings
+        model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+        self._denoiser = Denoiser(
+            model, max_requests=settings.max_requests, max_side=settings.max_side
+        )
+        step_ms = self._denoiser.measure(PROFILE_ROWS)
+        if settings.transport == "auto":
+            self._pool = TensorPool(
+                self._link.incarnation,
+                num_slots=settings.pool_slots,
+                slot_bytes=settings.pool_slot_kb << 10,
+                timeout_s=settings.latents_ttl_s,
+            )
+        place = find_place(
+            model.device,
+            device_group=settings.device_group,
+            shares_host=settings.transport == "auto",
+        )
+        info = self._describe(settings.model.resolve().name, model)
+        return WorkerInfo(
+            worker_id=self._worker_id,
+            incarnation=self._link.incarnation,
+            kind="unet",
+            device_group=place.device_group,
+            host=place.host,
+            device=place.device,
+            dtype=str(model.dtype).removeprefix("torch."),
+            threads=self._threads,
+            max_requests=settings.max_requests,
+            model_id=info.model_id,
+            model=info,
+            step_ms=step_ms,
+            pool=self._pool.name if self._pool else "",
+        )
+
+    def _describe(self, name: str, model: DiffusionModel) -> ModelInfo:
+        facts, samplers = model.facts, self._denoiser.samplers
+        return ModelInfo(
+            model_id=name,
+            latent_channels=facts.latent_channels,
+            vae_scale_factor=facts.vae_scale_factor,
+            default_height=facts.default_height,
+            default_width=facts.default_width,
+            side_multiple=facts.side_multiple,
+            max_side=self._settings.max_side,
+            max_prompt_tokens=facts.max_tokens - 2,
+            prediction_type=facts.prediction_type,
+            samplers=samplers.names,
+            default_sampler=DEFAULT_SAMPLER,
+            max_steps_by_sampler=samplers.max_steps,
+        )
+
+    # --- messages -------------------------------------------------------------------------------
+
+    async def _take_messages(self, group: asyncio.TaskGroup) -> None:
+        """Control first: admissions and releases apply before the next slot."""
+        while self._link.control:
+            await self._take(self._link.control.popleft(), group)
+        while self._link.work:
+            message = self._link.work.popleft()
+            if isinstance(message, DenoiseSlot) and message.epoch >= self._epoch:
+                self._slots.append(message)
+
+    async def _take(self, message: Message, group: asyncio.TaskGroup) -> None:
+        match message:
+            case AdmitRequest() if message.epoch >= self._epoch:
+                await self._admit(message)
+            case ReleaseRequest(request_id=request_id, attempt=attempt):
+                self._denoiser.release(request_id, attempt)
+                finished = self._finished.get(request_id)
+                if finished and finished.attempt == attempt and finished in self._unpublished:
+                    self._unpublished.remove(finished)
+                    del self._finished[request_id]
+            case ReleaseLatents(slot=slot, generation=generation):
+                self._handed_over.pop((slot, generation), None)
+                if self._pool:
+                    self._pool.release(slot, generation)
+                self._hand_over_waiting(group)
+            case BeginEpoch(epoch=epoch) if epoch > self._epoch:
+                self._epoch = epoch
+                self._slots.clear()
+                self._announce()
+            case _:
+                log.debug("ignored", message=type(message).__name__)
+
+    def _announce(self) -> None:
+        """Say what is held: unfinished, finished and on its way to the pool, and in the pool."""
+        leaving = [
+            HeldRequest(
+                request_id=finished.request_id,
+                attempt=finished.attempt,
+                step_index=0,
+                num_forwards=0,
+                is_guided=True,
+            )
+            for finished in self._finished.values()
+        ]
+        self._link.post(
+            WorkerAnnounced(
+                incarnation=self._link.incarnation,
+                epoch=self._epoch,
+                held=(*self._denoiser.held(), *leaving),
+                finished=tuple(self._handed_over.values()),
+            )
+        )
+
+    async def _admit(self, command: AdmitRequest) -> None:
+        start = time.perf_counter()
+        try:
+            admission = await self._compute.run(
+                partial(
+                    self._denoiser.admit, command.request_id, command.attempt, command.parameters
+                )
+            )
+        except (RuntimeError, MemoryError, SynerDiffError) as error:
+            log.warning("not admitted", request_id=command.request_id, error=repr(error))
+            self._link.post(
+                RequestFailed(
+                    incarnation=self._link.incarnation,
+                    request_id=command.request_id,
+                    attempt=command.attempt,
+                    code=error.code if isinstance(error, SynerDiffError) else "admission_failed",
+                    reason=str(error),
+                )
+            )
+            return
+        metrics.ENCODE_SECONDS.observe(time.perf_counter() - start)
+        self._link.post(
+            RequestAdmitted(
+                incarnation=self._link.incarnation,
+                request_id=command.request_id,
+                attempt=command.attempt,
+                num_forwards=admission.num_forwards,
+                is_guided=admission.is_guided,
+                warnings=admission.warnings,
+            )
+        )
+
+    # --- slots ----------------------------------------------------------------------------------
+
+    async def _run_slot(self, slot: DenoiseSlot, group: asyncio.TaskGroup) -> None:
+        if self._pool:
+            self._pool.set_running_seq(slot.seq)
+        start = time.perf_counter()
+        result = await self._compute.run(
+            partial(self._denoiser.run, slot.rows), threads=slot.threads
+        )
+        duration = time.perf_counter() - start
+        metrics.STEP_SECONDS.observe(duration)
+        self._link.post(
+            SlotDenoised(
+                incarnation=self._link.incarnation,
+                epoch=slot.epoch,
+                seq=slot.seq,
+                duration_ms=duration * 1000,
+                rows=result.rows,
+                failures=result.failures,
+            )
+        )
+        self._finished.update({one.request_id: one for one in result.finished})
+        self._unpublished += result.finished
+        self._hand_over_waiting(group)
+
+    def _hand_over_waiting(self, group: asyncio.TaskGroup) -> None:
+        """Hand finished latents over as far as the pool has room; the rest waits."""
+        while self._unpublished:
+            slot = self._pool.acquire() if self._pool else None
+            if self._pool and slot is None:
+                return
+            group.create_task(self._hand_over(self._unpublished.popleft(), slot))
+
+    async def _hand_over(self, finished: FinishedLatents, slot: int | None) -> None:
+        latents = finished.latents
+        inline_key = ""
+        if latents.nbytes <= self._settings.inline_copy_kb << 10:
+            inline_key = keys.latents(finished.request_id, finished.attempt)
+        if self._pool and slot is not None:
+            handle = await asyncio.to_thread(
+                self._pool.publish, slot, latents, now=time.monotonic(), inline_key=inline_key
+            )
+        else:
+            handle = TensorHandle(
+                kind="inline",
+                pool="",
+                owner=self._link.incarnation,
+                host="",
+                slot=-1,
+                generation=0,
+                shape=tuple(latents.shape),
+                dtype=dtype_name(latents.dtype),
+                inline_key=inline_key,
+            )
+        message = LatentsFinished(
+            incarnation=self._link.incarnation,
+            request_id=finished.request_id,
+            attempt=finished.attempt,
+            handle=handle,
+            skipped_steps=finished.skipped_steps,
+        )
+        if inline_key:
+            await self._leave_inline_copy(message, latents)
+        if handle.slot >= 0:
+            self._handed_over[(handle.slot, handle.generation)] = message
+        del self._finished[finished.request_id]
+        self._link.post(message)
+
+    async def _leave_inline_copy(self, message: LatentsFinished, latents: torch.Tensor) -> None:
+        """So that no worker's death costs a finished denoising."""
+        key = message.handle.inline_key
+        async with self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.hset(key, mapping={"m": codec.encode(message), "data": pack_tensor(latents)})
+            pipeline.expire(key, self._settings.latents_ttl_s)
+            await cast("Any", pipeline.execute())
+
+    async def _expire_latents(self) -> None:
+        while not self._link.is_stopping:
+            if self._pool:
+                for handle in self._pool.expire(time.monotonic()):
+                    self._handed_over.pop((handle.slot, handle.generation), None)
+                    log.warning("latents expired", slot=handle.slot)
+                metrics.POOL_SLOTS.labels(state="free").set(self._pool.num_free)
+                metrics.POOL_SLOTS.labels(state="used").set(
+                    self._settings.pool_slots - self._pool.num_free
+                )
+            await asyncio.sleep(1.0)

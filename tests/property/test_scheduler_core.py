@@ -1,0 +1,143 @@
+"""The core under any order of events: nothing lost, nothing twice, limits kept, always drains."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from services.scheduler.policies import MAX_SLOTS_IN_FLIGHT
+from services.scheduler.state import Stage
+from scheduler_world import World, make_request
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    world: World
+
+    @initialize(policy=st.sampled_from(["continuous-serial", "continuous-parallel"]))
+    def begin(self, policy: str) -> None:
+        self.world = World(policy=policy)
+        self.world.start_worker("unet", "unet-0")
+        self.world.start_worker("vae", "vae-0")
+        self.submitted = 0
+
+    @rule(
+        steps=st.integers(1, 4),
+        guidance=st.sampled_from([1.0, 5.0]),
+        side=st.sampled_from([64, 128]),
+        priority=st.integers(0, 2),
+    )
+    def submit(self, steps: int, guidance: float, side: int, priority: int) -> None:
+        request_id = f"r{self.submitted}"
+        self.submitted += 1
+        self.world.submit(
+            make_request(
+                request_id,
+                steps=steps,
+                guidance_scale=guidance,
+                side=side,
+                priority=priority,
+                submitted_at=self.world.now,
+            )
+        )
+
+    @precondition(lambda self: self.world.mail)
+    @rule(twice=st.booleans())
+    def deliver(self, twice: bool) -> None:
+        self.world.deliver(twice=twice)
+
+    @precondition(lambda self: any(unet.slots for unet in self.world.unets.values()))
+    @rule(data=st.data())
+    def run_slot(self, data: st.DataObject) -> None:
+        names = sorted(name for name, unet in self.world.unets.items() if unet.slots)
+        self.world.run_slot(data.draw(st.sampled_from(names)))
+
+    @precondition(lambda self: any(self.world.decodable(name) for name in self.world.vaes))
+    @rule(data=st.data())
+    def decode(self, data: st.DataObject) -> None:
+        pairs = [(vae, one) for vae in self.world.vaes for one in self.world.decodable(vae)]
+        self.world.decode(*data.draw(st.sampled_from(pairs)))
+
+    @precondition(lambda self: self.world.open_requests)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.world.cancel(data.draw(st.sampled_from(sorted(self.world.open_requests))))
+
+    @rule(kind=st.sampled_from(["unet", "vae"]), number=st.integers(0, 1), off=st.booleans())
+    def start_worker(self, kind: str, number: int, off: bool) -> None:
+        self.world.start_worker(kind, f"{kind}-{number}", group="other" if off else "g")
+
+    @precondition(lambda self: self.world.unets or self.world.vaes)
+    @rule(data=st.data())
+    def kill_worker(self, data: st.DataObject) -> None:
+        names = sorted([*self.world.unets, *self.world.vaes])
+        self.world.kill_worker(data.draw(st.sampled_from(names)))
+
+    @rule()
+    def restart_scheduler(self) -> None:
+        self.world.restart_scheduler()
+
+    @rule()
+    def tick(self) -> None:
+        self.world.tick()
+
+    @invariant()
+    def slots_keep_their_limits(self) -> None:
+        core = self.world.core
+        for unet in core.unets.values():
+            assert len(unet.slots) <= MAX_SLOTS_IN_FLIGHT
+            for slot in unet.slots:
+                requests = [core.requests.get(row.request_id) for row in slot.rows]
+                known = [request for request in requests if request]
+                assert len({request.batch_key for request in known}) <= 1
+                assert sum(request.rows for request in known) <= max(2, unet.profile.knee)
+                assert len({row.request_id for row in slot.rows}) == len(slot.rows)
+
+    @invariant()
+    def every_open_request_is_in_one_place(self) -> None:
+        core = self.world.core
+        held = [name for vae in core.vaes.values() for name in vae.decodes]
+        assert len(held) == len(set(held))
+        decoding = {r.request_id for r in core.requests.values() if r.stage is Stage.DECODING}
+        assert set(held) == decoding
+        for request in core.requests.values():
+            if request.stage in {Stage.ENCODING, Stage.DENOISING}:
+                assert request.unet in core.unets
+            carried = sum(
+                row.request_id == request.request_id and row.attempt == request.attempt
+                for unet in core.unets.values()
+                for slot in unet.slots
+                for row in slot.rows
+            )
+            if request.stage is Stage.DENOISING:
+                assert carried == request.slots_in_flight
+                assert request.done_step <= request.next_step <= request.num_forwards
+
+    @invariant()
+    def no_open_request_is_forgotten(self) -> None:
+        assert set(self.world.open_requests) <= set(self.world.core.requests)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        self.world.start_worker("unet", "unet-0")
+        self.world.start_worker("vae", "vae-0")
+        self.world.run_until_quiet()
+        assert len(self.world.final) == self.submitted
+        assert not any(unet.held for unet in self.world.unets.values())
+        assert not self.world.core.requests
+
+
+TestSchedulerCore = SchedulerMachine.TestCase
+TestSchedulerCore.settings = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)

@@ -1,0 +1,376 @@
+"""A world for the scheduler's core: fake workers, records and a mail box, without clock or Redis.
+
+The fake workers keep the real ones' rule: a row runs only if its step is the one held for its
+attempt. Everything that happens is a method, so that a test can choose the order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from services.scheduler.commands import BeginAttempt, FailRequest, ForgetWorker, Send
+from services.scheduler.core import Core, CoreSettings
+from services.scheduler.events import Event, RequestRecovered, Tick
+from services.scheduler.policies import make_policy
+from shared import messages
+
+MODEL = messages.ModelInfo(
+    model_id="m",
+    latent_channels=4,
+    vae_scale_factor=8,
+    default_height=64,
+    default_width=64,
+    side_multiple=8,
+    max_side=512,
+    max_prompt_tokens=10,
+    prediction_type="epsilon",
+    samplers=("ddim",),
+    default_sampler="ddim",
+)
+
+
+def make_request(
+    request_id: str,
+    *,
+    steps: int = 3,
+    guidance_scale: float = 5.0,
+    side: int = 64,
+    priority: int = 0,
+    submitted_at: float = 0.0,
+) -> messages.GenerateImage:
+    parameters = messages.ImageParameters(
+        prompt=request_id,
+        negative_prompt="",
+        seed=1,
+        height=side,
+        width=side,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        sampler="ddim",
+        guidance_skip="off",
+        output_format="png",
+        output_compression=100,
+        model="m",
+    )
+    return messages.GenerateImage(
+        request_id=request_id,
+        job_id=request_id,
+        owner="",
+        priority=priority,
+        deadline_ms=0,
+        submitted_at=submitted_at,
+        parameters=parameters,
+    )
+
+
+def make_worker(
+    kind: str, worker_id: str, incarnation: str, *, group: str = "g"
+) -> messages.WorkerInfo:
+    return messages.WorkerInfo(
+        worker_id=worker_id,
+        incarnation=incarnation,
+        kind=kind,
+        device_group=group,
+        host="h",
+        device="cpu",
+        dtype="float32",
+        threads=2,
+        max_requests=16,
+        model_id="m",
+        model=MODEL if kind == "unet" else None,
+        step_ms={1: 10.0, 2: 12.0, 4: 20.0, 8: 40.0} if kind == "unet" else {},
+        decode_ms=20.0,
+        num_chunks=4,
+    )
+
+
+@dataclass
+class FakeUnet:
+    info: messages.WorkerInfo
+    held: dict[str, tuple[str, int, int, bool]] = field(default_factory=dict)
+    slots: deque[messages.DenoiseSlot] = field(default_factory=deque)
+    finished: dict[int, messages.LatentsFinished] = field(default_factory=dict)
+    epoch: int = 0
+
+
+@dataclass
+class FakeVae:
+    info: messages.WorkerInfo
+    decodes: dict[str, tuple[messages.DecodeLatents, int]] = field(default_factory=dict)
+    epoch: int = 0
+
+
+@dataclass
+class World:
+    policy: str = "continuous-parallel"
+    now: float = 0.0
+    epoch: int = 0
+    unets: dict[str, FakeUnet] = field(default_factory=dict)
+    vaes: dict[str, FakeVae] = field(default_factory=dict)
+    mail: deque[messages.Message] = field(default_factory=deque)
+    open_requests: dict[str, messages.GenerateImage] = field(default_factory=dict)
+    attempts: dict[str, list[str]] = field(default_factory=dict)
+    final: dict[str, str] = field(default_factory=dict)
+    ran: set[tuple[str, str, int]] = field(default_factory=set)
+    num_incarnations: int = 0
+    num_latents: int = 0
+
+    def __post_init__(self) -> None:
+        self.restart_scheduler()
+
+    # --- what happens to the scheduler ---
+
+    def restart_scheduler(self) -> None:
+        self.epoch += 1_000
+        self.mail.clear()
+        self.core = Core(
+            epoch=self.epoch,
+            policy=make_policy(self.policy, max_rows=0),
+            settings=CoreSettings(max_attempts=50, recovery_s=3.0),
+            now=self.now,
+        )
+        for request_id, request in list(self.open_requests.items()):
+            tokens = self.attempts.get(request_id, [])
+            self.feed(
+                RequestRecovered(
+                    request=request,
+                    attempt=tokens[-1] if tokens else "",
+                    num_attempts=len(tokens),
+                )
+            )
+        for worker in [*self.unets.values(), *self.vaes.values()]:
+            self.feed(messages.WorkerRegistered(worker=worker.info))
+
+    def submit(self, request: messages.GenerateImage) -> None:
+        self.open_requests[request.request_id] = request
+        self.feed(request)
+
+    def cancel(self, request_id: str) -> None:
+        if self.finish(request_id, "cancelled"):
+            self.mail.append(messages.RequestCancelled(request_id=request_id))
+
+    def deliver(self, *, twice: bool = False) -> None:
+        message = self.mail.popleft()
+        self.feed(message)
+        if twice:
+            self.feed(message)
+
+    def tick(self, seconds: float = 1.0) -> None:
+        self.now += seconds
+        self.feed(Tick())
+
+    def feed(self, event: Event) -> None:
+        for command in self.core.on_event(event, self.now):
+            match command:
+                case BeginAttempt(request_id=request_id, attempt=attempt):
+                    self.attempts.setdefault(request_id, []).append(attempt)
+                case FailRequest(request_id=request_id):
+                    self.finish(request_id, "failed")
+                case ForgetWorker(incarnation=incarnation):
+                    assert incarnation not in self.core.unets
+                case Send(incarnation=incarnation, message=message):
+                    self._receive(incarnation, message)
+
+    def finish(self, request_id: str, state: str) -> bool:
+        if request_id in self.final:
+            return False
+        self.final[request_id] = state
+        del self.open_requests[request_id]
+        return True
+
+    # --- what happens to workers ---
+
+    def start_worker(self, kind: str, worker_id: str, *, group: str = "g") -> None:
+        """A worker process begins; one of the same name is gone then."""
+        self.num_incarnations += 1
+        incarnation = f"{worker_id}-{self.num_incarnations}"
+        for workers in (self.unets, self.vaes):
+            for name in [n for n, w in workers.items() if w.info.worker_id == worker_id]:
+                del workers[name]
+        info = make_worker(kind, worker_id, incarnation, group=group)
+        if kind == "unet":
+            self.unets[incarnation] = FakeUnet(info)
+        else:
+            self.vaes[incarnation] = FakeVae(info)
+        self.mail.append(messages.WorkerRegistered(worker=info))
+
+    def kill_worker(self, incarnation: str) -> None:
+        self.unets.pop(incarnation, None)
+        self.vaes.pop(incarnation, None)
+        self.mail.append(messages.WorkerLost(incarnation=incarnation))
+
+    def _receive(self, incarnation: str, message: messages.Message) -> None:
+        if unet := self.unets.get(incarnation):
+            self._unet_receives(unet, message)
+        elif vae := self.vaes.get(incarnation):
+            self._vae_receives(vae, message)
+
+    def _unet_receives(self, unet: FakeUnet, message: messages.Message) -> None:
+        match message:
+            case messages.AdmitRequest() if message.epoch >= unet.epoch:
+                parameters = message.parameters
+                guided = parameters.guidance_scale > 1
+                unet.held[message.request_id] = (
+                    message.attempt,
+                    0,
+                    parameters.num_inference_steps,
+                    guided,
+                )
+                self.mail.append(
+                    messages.RequestAdmitted(
+                        incarnation=unet.info.incarnation,
+                        request_id=message.request_id,
+                        attempt=message.attempt,
+                        num_forwards=parameters.num_inference_steps,
+                        is_guided=guided,
+                    )
+                )
+            case messages.DenoiseSlot() if message.epoch >= unet.epoch:
+                unet.slots.append(message)
+            case messages.ReleaseRequest(request_id=request_id, attempt=attempt):
+                if unet.held.get(request_id, ("",))[0] == attempt:
+                    del unet.held[request_id]
+            case messages.ReleaseLatents(slot=slot):
+                unet.finished.pop(slot, None)
+            case messages.BeginEpoch(epoch=epoch) if epoch > unet.epoch:
+                unet.epoch = epoch
+                unet.slots.clear()
+                held = tuple(
+                    messages.HeldRequest(
+                        request_id=request_id,
+                        attempt=attempt,
+                        step_index=step,
+                        num_forwards=total,
+                        is_guided=guided,
+                    )
+                    for request_id, (attempt, step, total, guided) in unet.held.items()
+                )
+                self.mail.append(
+                    messages.WorkerAnnounced(
+                        incarnation=unet.info.incarnation,
+                        epoch=epoch,
+                        held=held,
+                        finished=tuple(unet.finished.values()),
+                    )
+                )
+
+    def run_slot(self, incarnation: str) -> None:
+        unet = self.unets[incarnation]
+        slot = unet.slots.popleft()
+        reports, done = [], []
+        for row in slot.rows:
+            attempt, step, total, guided = unet.held.get(row.request_id, ("", -1, 0, False))
+            has_run = attempt == row.attempt and step == row.step_index
+            if has_run:
+                key = (row.request_id, attempt, step)
+                assert key not in self.ran, f"{key} ran twice"
+                assert step == 0 or (row.request_id, attempt, step - 1) in self.ran
+                self.ran.add(key)
+                step += 1
+                unet.held[row.request_id] = (attempt, step, total, guided)
+                if step == total:
+                    done.append((row.request_id, attempt))
+            is_held = attempt == row.attempt
+            reports.append(
+                messages.RowReport(
+                    request_id=row.request_id,
+                    attempt=row.attempt,
+                    has_run=has_run,
+                    next_step_index=step if is_held else -1,
+                )
+            )
+        self.mail.append(
+            messages.SlotDenoised(
+                incarnation=incarnation,
+                epoch=slot.epoch,
+                seq=slot.seq,
+                duration_ms=10.0,
+                rows=tuple(reports),
+            )
+        )
+        for request_id, attempt in done:
+            del unet.held[request_id]
+            self.num_latents += 1
+            handle = messages.TensorHandle(
+                kind="shm",
+                pool="p",
+                owner=incarnation,
+                host="h",
+                slot=self.num_latents,
+                generation=1,
+                shape=(1,),
+                dtype="float32",
+            )
+            latents = messages.LatentsFinished(
+                incarnation=incarnation, request_id=request_id, attempt=attempt, handle=handle
+            )
+            unet.finished[self.num_latents] = latents
+            self.mail.append(latents)
+
+    def _vae_receives(self, vae: FakeVae, message: messages.Message) -> None:
+        match message:
+            case messages.BeginEpoch(epoch=epoch):
+                vae.epoch = epoch
+                vae.decodes.clear()
+            case messages.DecodeLatents() if message.epoch >= vae.epoch:
+                vae.decodes[message.request_id] = (message, 0)
+            case messages.GrantChunks() if message.epoch >= vae.epoch:
+                known = vae.decodes.get(message.request_id)
+                if known and known[0].attempt == message.attempt:
+                    vae.decodes[message.request_id] = (known[0], known[1] + message.chunks)
+            case messages.CancelDecode(request_id=request_id, attempt=attempt):
+                known = vae.decodes.get(request_id)
+                if known and known[0].attempt == attempt:
+                    del vae.decodes[request_id]
+
+    def decodable(self, incarnation: str) -> list[str]:
+        vae = self.vaes[incarnation]
+        return [name for name, (_, granted) in vae.decodes.items() if granted >= 4]
+
+    def decode(self, incarnation: str, request_id: str) -> None:
+        command, _ = self.vaes[incarnation].decodes.pop(request_id)
+        producer = self.unets.get(command.handle.owner)
+        if producer is None or command.handle.slot not in producer.finished:
+            self.mail.append(
+                messages.HandleLost(
+                    incarnation=incarnation,
+                    request_id=request_id,
+                    attempt=command.attempt,
+                    reason="gone",
+                )
+            )
+            return
+        del producer.finished[command.handle.slot]
+        current = self.attempts[request_id][-1] == command.attempt
+        if current and self.finish(request_id, "done"):
+            self.mail.append(
+                messages.ImageDecoded(
+                    incarnation=incarnation,
+                    request_id=request_id,
+                    attempt=command.attempt,
+                    decode_ms=20.0,
+                    transport="shm",
+                )
+            )
+
+    def run_until_quiet(self, *, max_rounds: int = 3_000) -> None:
+        """Let everything happen, in a fixed order, until nothing is left to happen."""
+        for _ in range(max_rounds):
+            if self.mail:
+                self.deliver()
+                continue
+            busy = False
+            for name in list(self.unets):
+                if self.unets[name].slots:
+                    self.run_slot(name)
+                    busy = True
+            for name in list(self.vaes):
+                for request_id in self.decodable(name):
+                    self.decode(name, request_id)
+                    busy = True
+            if not busy:
+                if not self.open_requests:
+                    return
+                self.tick()
+        raise AssertionError(f"not drained: {self.core.requests}")
