@@ -57,7 +57,9 @@ class Narrator:
     def death(self, death: Death, log_folder: Path) -> None:
         """A service has ended unasked."""
         if death.restart_in_s is not None:
-            self.say_of(death.service, f"ended ({death.cause}), starting it again", style="yellow")
+            last = f": {death.last_lines[-1]}" if death.exit_code > 0 and death.last_lines else ""
+            self.say_of(death.service, f"ended ({death.cause}){last}", style="yellow")
+            self.say_of(death.service, "starting it again", style="yellow")
             return
         self.say_of(death.service, f"keeps ending ({death.cause}); its last lines:", style="red")
         for text in death.last_lines:

@@ -51,7 +51,9 @@ def run_stack(
         folder.create()
         redis: Service | None = None
         socket_path: Path | None = None
-        if not redis_url:
+        if redis_url:
+            redis_detail = f"{redis_url.rpartition('@')[2]}, running already"
+        else:
             binary = find_redis_binary()
             socket_path = choose_socket(folder.path, Path(tempfile.gettempdir()))
             redis = redis_service(
@@ -62,8 +64,14 @@ def run_stack(
                 lock_descriptor=lock_descriptor,
             )
             redis_url = f"unix://{socket_path}"
+            redis_detail = f"{binary.version}, data in {folder.path}"
         running = RunningStack(
-            stack=stack, folder=folder, narrator=narrator, redis_url=redis_url, redis=redis
+            stack=stack,
+            folder=folder,
+            narrator=narrator,
+            redis_url=redis_url,
+            redis=redis,
+            redis_detail=redis_detail,
         )
         try:
             return asyncio.run(running.run())
@@ -77,7 +85,8 @@ def run_stack(
 class RunningStack:
     """One run of a stack; observes its own supervisor.
 
-    redis: the embedded server, None if `redis_url` names somebody else's.
+    redis: the embedded server, None if `redis_url` names somebody else's. redis_detail: what to
+    say of it.
     """
 
     stack: Stack
@@ -85,11 +94,13 @@ class RunningStack:
     narrator: Narrator
     redis_url: str
     redis: Service | None
+    redis_detail: str
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     def on_log_line(self, service: str, line: LogLine) -> None:
-        """Pass it on."""
-        self.narrator.log_line(service, line)
+        """Pass it on, unless it is a service's word on the others' leaving."""
+        if not self._stopping.is_set():
+            self.narrator.log_line(service, line)
 
     def on_death(self, death: Death) -> None:
         """Pass it on."""
@@ -153,11 +164,11 @@ class RunningStack:
     async def _start_redis(self, supervisor: Supervisor) -> None:
         if not self.redis:
             await wait_for_redis(self.redis_url, timeout_s=EXTERNAL_REDIS_TIMEOUT_S)
-            self.narrator.service_up("redis", self.redis_url.rpartition("@")[2])
+            self.narrator.service_up("redis", self.redis_detail)
             return
         await supervisor.start(self.redis)
         try:
             await wait_for_redis(self.redis_url, timeout_s=REDIS_LOAD_TIMEOUT_S)
         except ConfigurationError as error:
             raise ConfigurationError(f"{error}; see {self.folder.logs / 'redis.log'}") from error
-        self.narrator.service_up("redis", f"{self.redis.command[0]}, in {self.folder.path}")
+        self.narrator.service_up("redis", self.redis_detail)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-LEVELS: Final = ("debug", "info", "warning", "error", "critical")
+ALARMING_LEVELS: Final = frozenset({"warning", "error", "critical"})
 MAX_LOG_BYTES: Final = 32 << 20
 _MAX_READ_BYTES: Final = 1 << 20
 _LEVEL_MARK: Final = re.compile(
@@ -21,7 +21,7 @@ _LEVEL_MARK: Final = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogLine:
-    """One line of a service's output. level: its own, or that of the line it continues."""
+    """One line of a service's output. level: empty if it names none, as a traceback's lines."""
 
     text: str
     level: str
@@ -29,18 +29,13 @@ class LogLine:
     @property
     def is_alarming(self) -> bool:
         """Whether a person at the terminal should see it unasked."""
-        return LEVELS.index(self.level) >= LEVELS.index("warning")
+        return self.level in ALARMING_LEVELS
 
 
-def level_of(line: str, previous: str) -> str:
-    """The level of a line as `shared.logs` writes it, as text or JSON.
-
-    A line that names none continues the `previous` one (a traceback below an error), unless it
-    begins a traceback of its own: that is an error.
-    """
-    if match := _LEVEL_MARK.search(line):
-        return match["text"] or match["json"]
-    return "error" if line.startswith("Traceback (most recent call last)") else previous
+def level_of(line: str) -> str:
+    """The level that a line names, as `shared.logs` writes it, as text or JSON; or empty."""
+    match = _LEVEL_MARK.search(line)
+    return (match["text"] or match["json"]) if match else ""
 
 
 class ServiceLog:
@@ -58,7 +53,6 @@ class ServiceLog:
         self._tail: deque[str] = deque(maxlen=tail_lines)
         self._position = 0
         self._rest = b""
-        self._level = "info"
         if path.exists():
             path.replace(self._previous_path)
         path.touch()
@@ -94,10 +88,9 @@ class ServiceLog:
         return [self._line(line.decode(errors="replace").rstrip()) for line in lines]
 
     def _line(self, text: str) -> LogLine:
-        self._level = level_of(text, self._level)
         if text:
             self._tail.append(text)
-        return LogLine(text=text, level=self._level)
+        return LogLine(text=text, level=level_of(text))
 
     def _start_over(self) -> None:
         """Copy, then empty: the service's descriptor stays good; a line in between may be lost."""

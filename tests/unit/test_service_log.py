@@ -15,12 +15,11 @@ from cli.supervisor import DeathCount, RestartPolicy
         ("2026-11-23T10:00:00Z [warning  ] pool is full", "warning"),
         ("2026-11-23T10:00:00Z [info     ] epoch begun", "info"),
         ('{"event": "x", "level": "error"}', "error"),
-        ("Traceback (most recent call last):", "error"),
-        ("  a line that continues", "debug"),
+        ("Traceback (most recent call last):", ""),
     ],
 )
-def test_a_line_has_its_own_level_or_that_of_the_line_before(line: str, level: str) -> None:
-    assert level_of(line, "debug") == level
+def test_a_line_may_name_its_level(line: str, level: str) -> None:
+    assert level_of(line) == level
 
 
 def write(log: ServiceLog, content: bytes) -> None:
@@ -35,8 +34,7 @@ def test_a_log_hands_out_whole_lines_once(tmp_path: Path) -> None:
     assert [line.text for line in log.read_new_lines()] == ["[error] one"]
     write(log, b"o\nrest")
     assert [line.text for line in log.read_new_lines()] == ["two"]
-    last = log.read_new_lines(is_final=True)
-    assert [(line.text, line.level, line.is_alarming) for line in last] == [("rest", "error", True)]
+    assert [line.text for line in log.read_new_lines(is_final=True)] == ["rest"]
     assert log.tail == ("[error] one", "two", "rest")
 
 

@@ -1,0 +1,61 @@
+"""A whole stack for one command: started on a free port with data of its own, and gone after it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from cli import child
+from cli.client import GatewayError, is_ready
+from cli.stack import reserve_port
+
+_POLL_S: Final = 0.2
+_STOP_TIMEOUT_S: Final = 60.0
+
+
+@contextlib.contextmanager
+def private_stack(*options: str) -> Iterator[str]:
+    """Run `synerdiff up` with these options besides; yields the gateway's address when ready.
+
+    Raises:
+        GatewayError: It did not come up; with what it said.
+    """
+    port = reserve_port("127.0.0.1", 0)
+    with tempfile.TemporaryDirectory(prefix="synerdiff-") as name, tempfile.TemporaryFile() as said:
+        stack = subprocess.Popen(  # noqa: S603 (our own command)
+            [
+                *(sys.executable, "-I", "-S", child.__file__),
+                *(str(os.getpid()), str(int(signal.SIGTERM))),
+                *(sys.executable, "-P", "-m", "cli", "up"),
+                *("--host", "127.0.0.1", "--port", str(port), "--data-dir", str(Path(name) / "d")),
+                *options,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
+        url = f"http://127.0.0.1:{port}"
+        try:
+            while not is_ready(url):
+                if stack.poll() is not None:
+                    said.seek(0)
+                    raise GatewayError(
+                        "the private stack did not come up:\n" + said.read().decode().strip()
+                    )
+                time.sleep(_POLL_S)
+            yield url
+        finally:
+            stack.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                stack.wait(_STOP_TIMEOUT_S)
+            stack.kill()
+            stack.wait()
