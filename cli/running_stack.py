@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from prometheus_client.multiprocess import mark_process_dead
+from redis import RedisError
 from redis.asyncio import Redis
 from rich.console import Console
 
@@ -75,6 +76,8 @@ def run_stack(
         )
         try:
             return asyncio.run(running.run())
+        except RedisError as error:
+            raise ConfigurationError(f"Redis failed during the start: {error}") from error
         finally:
             if socket_path:
                 socket_path.unlink(missing_ok=True)
