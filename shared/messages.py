@@ -79,7 +79,7 @@ class RowReport:
     """What became of one `SlotRow`.
 
     has_run: whether the forward was done. next_step_index: the step the worker holds now, -1 if it
-    does not hold this attempt. was_skipped: the guidance was extrapolated. can_skip: the request's
+    does not hold this attempt (after its last forward it no longer does). was_skipped: the guidance was extrapolated. can_skip: the request's
     next guided step may be skipped. skip_error: relative error of the extrapolated guidance at the
     last full step, 0 where not measured.
     """

@@ -41,7 +41,6 @@ REQUEST_SECONDS = Histogram(
     "synerdiff_request_seconds", "From submission to the committed image", buckets=_SECONDS
 )
 SLOTS = Counter("synerdiff_slots", "Slots sent to UNet workers, by kind", ["kind"])
-SLOT_ROWS = Histogram("synerdiff_slot_rows", "Rows of a slot", buckets=_ROWS)
 REDELIVERIES = Counter(
     "synerdiff_redeliveries", "Requests given a new attempt, by what made it necessary", ["reason"]
 )
@@ -54,7 +53,8 @@ EPOCH = Gauge("synerdiff_epoch", "The scheduler's epoch", multiprocess_mode="mos
 STEP_SECONDS = Histogram(
     "synerdiff_step_seconds", "Time of a slot on the compute thread", buckets=_STEP_SECONDS
 )
-ROWS = Counter("synerdiff_rows", "Rows denoised", ["kind"])
+SLOT_ROWS = Histogram("synerdiff_slot_rows", "UNet rows of a slot", buckets=_ROWS)
+FORWARDS = Counter("synerdiff_forwards", "Requests' forwards, by guidance", ["guidance"])
 ENCODE_SECONDS = Histogram(
     "synerdiff_encode_seconds", "Time to admit a request: prompt and latents", buckets=_STEP_SECONDS
 )

@@ -271,7 +271,7 @@ class World:
                 unet.held[row.request_id] = (attempt, step, total, guided)
                 if step == total:
                     done.append((row.request_id, attempt))
-            is_held = attempt == row.attempt
+            is_held = attempt == row.attempt and step < total
             reports.append(
                 messages.RowReport(
                     request_id=row.request_id,

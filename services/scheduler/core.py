@@ -184,13 +184,15 @@ class Core:
             request = self._current(report.request_id, report.attempt, Stage.DENOISING)
             if request is None:
                 continue
-            if report.next_step_index < 0:
+            is_held = report.next_step_index >= 0
+            if not is_held and not report.has_run:
                 self._restart(request, "lost by worker")
                 continue
-            request.done_step = report.next_step_index
+            # A row that ran and is not held any more was the request's last.
+            request.done_step = report.next_step_index if is_held else request.num_forwards
             request.can_skip = report.can_skip
             if not request.slots_in_flight:
-                request.next_step = report.next_step_index
+                request.next_step = request.done_step
             moved.append(request)
         self._report(moved)
 
@@ -204,9 +206,7 @@ class Core:
 
     @_handle.register
     def _on_latents(self, event: messages.LatentsFinished) -> None:
-        request = self._current(
-            event.request_id, event.attempt, Stage.DENOISING, Stage.RECOVERING
-        )
+        request = self._current(event.request_id, event.attempt, Stage.DENOISING, Stage.RECOVERING)
         if request is None:
             if not self._is_current(event.request_id, event.attempt):
                 self._release_latents(event)

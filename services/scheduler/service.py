@@ -196,7 +196,6 @@ class SchedulerService:
                     sends.append((stream(incarnation), message))
                     if isinstance(message, DenoiseSlot):
                         metrics.SLOTS.labels(kind=message.kind).inc()
-                        metrics.SLOT_ROWS.observe(len(message.rows))
                 case RestartRequest(request_id=request_id, reason=reason):
                     metrics.REDELIVERIES.labels(reason=reason).inc()
                     log.warning("request starts again", request_id=request_id, reason=reason)

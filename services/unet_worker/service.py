@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from redis.asyncio import Redis
 
-from services.unet_worker.denoiser import Denoiser, FinishedLatents
+from services.unet_worker.denoiser import Denoiser, FinishedLatents, SlotResult
 from services.unet_worker.model import DiffusionModel, load_model
 from services.unet_worker.samplers import DEFAULT_SAMPLER
 from shared import codec, keys, metrics
@@ -252,7 +252,7 @@ class UnetWorkerService:
             partial(self._denoiser.run, slot.rows), threads=slot.threads
         )
         duration = time.perf_counter() - start
-        metrics.STEP_SECONDS.observe(duration)
+        self._observe(result, duration)
         self._link.post(
             SlotDenoised(
                 incarnation=self._link.incarnation,
@@ -266,6 +266,13 @@ class UnetWorkerService:
         self._finished.update({one.request_id: one for one in result.finished})
         self._unpublished += result.finished
         self._hand_over_waiting(group)
+
+    def _observe(self, result: SlotResult, duration_s: float) -> None:
+        metrics.STEP_SECONDS.observe(duration_s)
+        metrics.SLOT_ROWS.observe(result.num_unet_rows)
+        for row in result.rows:
+            if row.has_run:
+                metrics.FORWARDS.labels(guidance="skipped" if row.was_skipped else "full").inc()
 
     def _hand_over_waiting(self, group: asyncio.TaskGroup) -> None:
         """Hand finished latents over as far as the pool has room; the rest waits."""

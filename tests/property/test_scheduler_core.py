@@ -26,6 +26,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.world.start_worker("unet", "unet-0")
         self.world.start_worker("vae", "vae-0")
         self.submitted = 0
+        self.calm_since_blow = 0
 
     @rule(
         steps=st.integers(1, 4),
@@ -52,6 +53,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     def deliver(self, twice: bool) -> None:
         self.world.deliver(twice=twice)
 
+    @rule(rounds=st.integers(1, 6))
+    def advance(self, rounds: int) -> None:
+        """Some rounds in which all goes well, so that requests get far before the next blow."""
+        self.calm_since_blow += rounds
+        for _ in range(rounds):
+            while self.world.mail:
+                self.world.deliver()
+            for name, unet in self.world.unets.items():
+                if unet.slots:
+                    self.world.run_slot(name)
+
     @precondition(lambda self: any(unet.slots for unet in self.world.unets.values()))
     @rule(data=st.data())
     def run_slot(self, data: st.DataObject) -> None:
@@ -69,18 +81,24 @@ class SchedulerMachine(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject) -> None:
         self.world.cancel(data.draw(st.sampled_from(sorted(self.world.open_requests))))
 
+    @precondition(lambda self: self.calm_since_blow > 3)
     @rule(kind=st.sampled_from(["unet", "vae"]), number=st.integers(0, 1), off=st.booleans())
     def start_worker(self, kind: str, number: int, off: bool) -> None:
+        self.calm_since_blow = 0
         self.world.start_worker(kind, f"{kind}-{number}", group="other" if off else "g")
 
+    @precondition(lambda self: self.calm_since_blow > 3)
     @precondition(lambda self: self.world.unets or self.world.vaes)
     @rule(data=st.data())
     def kill_worker(self, data: st.DataObject) -> None:
+        self.calm_since_blow = 0
         names = sorted([*self.world.unets, *self.world.vaes])
         self.world.kill_worker(data.draw(st.sampled_from(names)))
 
+    @precondition(lambda self: self.calm_since_blow > 3)
     @rule()
     def restart_scheduler(self) -> None:
+        self.calm_since_blow = 0
         self.world.restart_scheduler()
 
     @rule()
@@ -128,7 +146,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         self.world.start_worker("unet", "unet-0")
         self.world.start_worker("vae", "vae-0")
-        self.world.run_until_quiet()
+        self.world.run_until_quiet(max_rounds=1_000)
         assert len(self.world.final) == self.submitted
         assert not any(unet.held for unet in self.world.unets.values())
         assert not self.world.core.requests
