@@ -79,9 +79,9 @@ class RowReport:
     """What became of one `SlotRow`.
 
     has_run: whether the forward was done. next_step_index: the step the worker holds now, -1 if it
-    does not hold this attempt (after its last forward it no longer does). was_skipped: the guidance was extrapolated. can_skip: the request's
-    next guided step may be skipped. skip_error: relative error of the extrapolated guidance at the
-    last full step, 0 where not measured.
+    does not hold this attempt (after its last forward it no longer does). was_skipped: the guidance
+    was extrapolated. can_skip: the request's next guided step may be skipped. skip_error: relative
+    error of the extrapolated guidance at the last full step, 0 where not measured.
     """
 
     request_id: str
@@ -141,10 +141,11 @@ class WorkerInfo:
     """How a worker introduces itself.
 
     kind: "unet" or "vae". worker_id survives a restart, incarnation does not. device_group: who
-    shares its physical device. host: as in `TensorHandle`. device: "cpu" or "cuda:UUID". threads:
-    CPU threads it may use. max_requests: requests it can hold. model: from a UNet worker. step_ms: median slot time by rows,
-    alone, at the default size. decode_ms: median whole decode, alone. num_chunks: chunks a decode
-    is cut into. pool: its tensor pool's name, empty if it has none.
+    shares its physical device. host: as in `TensorHandle`. device: "cpu" or "cuda:UUID" with its
+    namespaces. threads: CPU threads it may use. max_requests: requests it can hold. model: from a
+    UNet worker. step_ms: median slot time by rows, alone, at the default size. decode_ms: median
+    whole decode, alone. num_chunks: chunks a decode is cut into. pool: its tensor pool's name,
+    empty if it has none.
     """
 
     worker_id: str
