@@ -50,6 +50,7 @@ def run_stack(
     stack = prepare_stack(options)
     with folder.locked(f"process {os.getpid()} ({stack.url})") as lock_descriptor:
         folder.create()
+        sweep()
         redis: Service | None = None
         socket_path: Path | None = None
         if redis_url:
