@@ -76,17 +76,15 @@ def create_pool_file(
     path = directory / pool_name(owner)
     try:
         descriptor = _create_locked(path)
+        try:
+            file = _fill(descriptor, path, layout)
+            file.write_header(host=host, owner=owner, device=device)
+        except BaseException:
+            path.unlink()
+            os.close(descriptor)
+            raise
     except OSError as error:
         raise ConfigurationError(f"Can't create the tensor pool {path}: {error}.") from error
-    try:
-        _reserve(descriptor, layout.file_bytes, path)
-        memory = mmap.mmap(descriptor, layout.file_bytes, flags=_MAP_FLAGS)
-        file = PoolFile(path, os.fstat(descriptor).st_ino, memory, layout)
-        file.write_header(host=host, owner=owner, device=device)
-    except BaseException:
-        path.unlink()
-        os.close(descriptor)
-        raise
     return OwnedPoolFile(file=file, descriptor=descriptor)
 
 
@@ -170,18 +168,28 @@ def _create_locked(path: Path) -> int:
         os.close(descriptor)
 
 
+def _fill(descriptor: int, path: Path, layout: PoolLayout) -> PoolFile:
+    _reserve(descriptor, layout.file_bytes, path)
+    memory = mmap.mmap(descriptor, layout.file_bytes, flags=_MAP_FLAGS)
+    return PoolFile(path, os.fstat(descriptor).st_ino, memory, layout)
+
+
 def _reserve(descriptor: int, num_bytes: int, path: Path) -> None:
     """Give the file all its memory now; a page missing later would be a SIGBUS."""
-    os.ftruncate(descriptor, num_bytes)
+    room = os.statvfs(path.parent)
+    free = room.f_bavail * room.f_frsize
     try:
+        # Asked first: reserving until nothing is left would take the memory of everybody else.
+        if num_bytes > free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.ftruncate(descriptor, num_bytes)
         os.posix_fallocate(descriptor, 0, num_bytes)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
             raise
-        room = os.statvfs(path.parent)
         raise ConfigurationError(
             f"The tensor pool needs {_mib(num_bytes)} in {path.parent}, which has "
-            f"{_mib(room.f_bavail * room.f_frsize)} free of {_mib(room.f_blocks * room.f_frsize)}. "
+            f"{_mib(free)} free of {_mib(room.f_blocks * room.f_frsize)}. "
             "Docker gives a container 64 MiB unless told otherwise (shm_size, --shm-size); "
             "fewer or smaller slots need less."
         ) from error
