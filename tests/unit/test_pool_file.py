@@ -68,8 +68,7 @@ def test_a_reader_can_write_nothing(directory: Path) -> None:
 
 
 def test_more_than_dev_shm_holds_is_refused_at_once_with_the_sizes() -> None:
-    room = os.statvfs("/dev/shm")
-    layout = PoolLayout(num_slots=1, slot_bytes=room.f_blocks * room.f_frsize)
+    layout = PoolLayout(num_slots=1, slot_bytes=1 << 50)
     with pytest.raises(ConfigurationError, match=r"needs [0-9.]+ MiB in /dev/shm.*64 MiB"):
         create_pool_file("too-large", layout, host="here")
     assert not Path("/dev/shm/synerdiff-too-large").exists()
@@ -83,6 +82,25 @@ def test_memory_that_runs_out_halfway_leaves_no_file(directory: Path, monkeypatc
     with pytest.raises(ConfigurationError, match="Docker"):
         create_pool_file("unet-1", LAYOUT, host="here", directory=directory)
     assert list(directory.iterdir()) == []
+
+
+def test_a_pool_that_is_swept_before_it_is_locked_is_made_once_more(
+    directory: Path, monkeypatch
+) -> None:
+    lock = fcntl.flock
+    swept: list[tuple[str, ...]] = []
+
+    def sweep_and_lock(descriptor: int, operation: int) -> None:
+        monkeypatch.undo()
+        swept.append(sweep(directory))
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", sweep_and_lock)
+    owned = create_pool_file("unet-1", LAYOUT, host="here", directory=directory)
+    assert swept == [("synerdiff-unet-1",)]
+    assert sweep(directory) == ()
+    assert open_pool_file("synerdiff-unet-1", host="here", directory=directory).is_linked()
+    owned.close()
 
 
 @pytest.mark.parametrize("owner", ["", "../x", "a/b", ".hidden", "x" * 129, "ü"])

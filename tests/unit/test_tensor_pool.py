@@ -108,6 +108,22 @@ def test_a_slot_being_written_is_not_yet_there(pool, reader, monkeypatch) -> Non
     assert torch.equal(reader.read(new), torch.zeros(4))
 
 
+def test_a_copy_that_began_before_the_publication_is_lost(pool, reader, monkeypatch) -> None:
+    old = publish(pool, torch.ones(4))
+    assert pool.release(old.slot, old.generation)
+    early = replace(old, generation=old.generation + 1)
+    copy_slot = MappedSlots.read
+
+    def copy_and_publish(self, *args) -> torch.Tensor:
+        copy = copy_slot(self, *args)
+        assert publish(pool, torch.zeros(4)) == early
+        return copy
+
+    monkeypatch.setattr(MappedSlots, "read", copy_and_publish)
+    with pytest.raises(HandleLostError, match="generation 0"):
+        reader.read(early)
+
+
 def test_a_tensor_that_does_not_fit_gives_its_slot_back(pool) -> None:
     for tensor in (torch.ones(4096), torch.ones(4).double(), torch.ones(0)):
         with pytest.raises(ValueError, match=r"fit|travel"):
