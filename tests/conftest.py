@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -34,3 +35,11 @@ async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
     client = connect(redis_server.url)
     yield client
     await client.aclose()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion 1.x folder (epsilon, PNDM, 64 pixels); not to be changed."""
+    from tiny_model import make_tiny_model  # noqa: PLC0415  torch, for those who ask for it
+
+    return make_tiny_model(tmp_path_factory.mktemp("tiny_model"))

@@ -29,6 +29,7 @@ def make_tiny_model(
     *,
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
     use_linear_projection: bool = False,
+    time_cond_proj_dim: int | None = None,
     vae_scale_factor: Literal[2, 4, 8] = 8,
     latent_channels: int = 4,
     sample_size: int = 8,
@@ -37,6 +38,9 @@ def make_tiny_model(
     seed: int = 0,
 ) -> Path:
     """Write a tiny random diffusers folder to `path` and return it.
+
+    `time_cond_proj_dim` makes the UNet take the guidance scale as an input, as latent consistency
+    models do.
 
     `sample_size` is the UNet's default latent height and width; the default picture is
     `sample_size * vae_scale_factor` pixels. The scheduler is configured as in Stable Diffusion 1.x
@@ -53,7 +57,9 @@ def make_tiny_model(
         pipeline = StableDiffusionPipeline(
             tokenizer=tokenizer,
             text_encoder=_make_text_encoder(tokenizer),
-            unet=_make_unet(latent_channels, sample_size, use_linear_projection),
+            unet=_make_unet(
+                latent_channels, sample_size, use_linear_projection, time_cond_proj_dim
+            ),
             vae=_make_vae(latent_channels, vae_scale_factor, sample_size),
             scheduler=_make_scheduler(scheduler_class, prediction_type, scheduler_config),
             safety_checker=None,
@@ -113,9 +119,12 @@ def _make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def _make_unet(
-    latent_channels: int, sample_size: int, use_linear_projection: bool
+    latent_channels: int,
+    sample_size: int,
+    use_linear_projection: bool,
+    time_cond_proj_dim: int | None,
 ) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
+    unet = UNet2DConditionModel(
         sample_size=sample_size,
         in_channels=latent_channels,
         out_channels=latent_channels,
@@ -127,7 +136,13 @@ def _make_unet(
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=8,
         use_linear_projection=use_linear_projection,
+        time_cond_proj_dim=time_cond_proj_dim,
     ).eval()
+    sample = torch.randn(4, latent_channels, sample_size, sample_size)
+    embeds = torch.randn(4, TOKENIZER_MAX_LENGTH, TEXT_WIDTH)
+    with torch.no_grad():  # outputs of the size of noise, as a trained model's are
+        unet.conv_out.weight /= unet(sample, 500, embeds).sample.std()
+    return unet
 
 
 def _make_vae(latent_channels: int, vae_scale_factor: int, sample_size: int) -> AutoencoderKL:

@@ -76,6 +76,7 @@ def load_model(
     _check_pipeline_class(folder)
     torch_device = choose_device(device)
     torch_dtype = choose_dtype(dtype, torch_device)
+    diffusers.utils.logging.set_verbosity_error()  # schedulers comment on every step otherwise
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -86,14 +87,13 @@ def load_model(
             feature_extractor=None,
             image_encoder=None,
             requires_safety_checker=False,
-            torch_dtype=torch_dtype,
             local_files_only=True,
         )
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise ConfigurationError(f"model folder {folder} can't be loaded: {error}") from error
     facts = _read_facts(folder, pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(torch_device)
+    pipeline.to(torch_device, torch_dtype)
     pipeline.text_encoder.eval().requires_grad_(False)
     unet = pipeline.unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return DiffusionModel(

@@ -46,6 +46,7 @@ SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """Name: (diffusers class, what is set over the folder's configuration)."""
 
+_SECONDS_TO_BUILD = {"KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"}
 _NUM_TABLES = 256
 _TRIAL_STEPS = 4
 
@@ -54,7 +55,7 @@ class Samplers:
     """The samplers of one model.
 
     Beside the names of `SAMPLERS` there are `DEFAULT_SAMPLER`, the folder's own scheduler as it
-    is, and the class names of diffusers' other schedulers that fit the folder's.
+    is, and the class names of the other diffusers schedulers that are compatible with it.
 
     Args:
         folder_scheduler: The pipeline's scheduler; it is not changed.
@@ -112,9 +113,9 @@ class Samplers:
                 return rehearse(scheduler())
         except (ValueError, ArithmeticError, LookupError, RuntimeError) as error:
             raise InvalidRequestError(
-                f"sampler {name!r} can't do {num_inference_steps} steps: {error}.",
+                f"sampler {name!r} can't do {num_inference_steps} steps with this model.",
                 field="num_inference_steps",
-                allowed="another number",
+                allowed=f"other numbers up to {self.max_steps[name]}",
             ) from error
 
 
@@ -125,9 +126,9 @@ def _build_prototypes(folder_scheduler: Any) -> dict[str, Any]:
         scheduler_class = getattr(diffusers, class_name)
         prototypes[name] = scheduler_class.from_config(config, **overrides)
     prototypes[DEFAULT_SAMPLER] = type(folder_scheduler).from_config(config)
-    taken = {class_name for class_name, _ in SAMPLERS.values()}
-    others = {one.__name__: one for one in [*folder_scheduler.compatibles, type(folder_scheduler)]}
-    for class_name in sorted(others.keys() - taken):
+    left_out = {class_name for class_name, _ in SAMPLERS.values()} | _SECONDS_TO_BUILD
+    others = {one.__name__: one for one in folder_scheduler.compatibles}
+    for class_name in sorted(others.keys() - left_out):
         scheduler_class = others[class_name]
         if "beta_schedule" not in inspect.signature(scheduler_class).parameters:
             continue  # another noise schedule than the model's
@@ -135,6 +136,9 @@ def _build_prototypes(folder_scheduler: Any) -> dict[str, Any]:
             prototypes[class_name] = scheduler_class.from_config(config)
         except ImportError:
             continue  # it needs a package that is not installed
+    own_name = type(folder_scheduler).__name__
+    if own_name not in left_out:
+        prototypes[own_name] = prototypes[DEFAULT_SAMPLER]
     return prototypes
 
 
