@@ -180,19 +180,18 @@ def _reserve(descriptor: int, num_bytes: int, path: Path) -> None:
     free = room.f_bavail * room.f_frsize
     try:
         # Asked first: reserving until nothing is left would take the memory of everybody else.
-        if num_bytes > free:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.ftruncate(descriptor, num_bytes)
-        os.posix_fallocate(descriptor, 0, num_bytes)
+        if num_bytes <= free:
+            os.ftruncate(descriptor, num_bytes)
+            os.posix_fallocate(descriptor, 0, num_bytes)
+            return
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
             raise
-        raise ConfigurationError(
-            f"The tensor pool needs {_mib(num_bytes)} in {path.parent}, which has "
-            f"{_mib(free)} free of {_mib(room.f_blocks * room.f_frsize)}. "
-            "Docker gives a container 64 MiB unless told otherwise (shm_size, --shm-size); "
-            "fewer or smaller slots need less."
-        ) from error
+    raise ConfigurationError(
+        f"The tensor pool needs {_mib(num_bytes)} in {path.parent}, which has {_mib(free)} free of "
+        f"{_mib(room.f_blocks * room.f_frsize)}. Docker gives a container 64 MiB unless told "
+        "otherwise (shm_size, --shm-size); fewer or smaller slots need less."
+    )
 
 
 def _mib(num_bytes: int) -> str:
