@@ -6,23 +6,19 @@ either side is killed at any moment (`transport_kills`). Both run real processes
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from bench.report import write_report
 from bench.server import private_server
 from bench.transport_kills import hand_over_under_fire
 from bench.transport_latency import measure_latency
-
-REPORT_FILE = Path("reports/transport.json")
 
 
 def run(
     seed: int = 0,
     quick: Annotated[bool, typer.Option(help="Fewer hand-overs, under 50 s.")] = False,
-    report: Annotated[Path, typer.Option(help="The report to write.")] = REPORT_FILE,
 ) -> dict[str, float]:
     """Time to hand over small and large latents, and what comes of it while processes die.
 
@@ -38,9 +34,7 @@ def run(
             num_hand_overs=5_000 if quick else 100_000,
             num_kills=10 if quick else 100,
         )
-    report.parent.mkdir(parents=True, exist_ok=True)
-    figures = {"seed": seed, "quick": quick, "latency": latency, "kills": kills}
-    report.write_text(json.dumps(figures, indent=1) + "\n")
+    write_report("transport", {"seed": seed, "quick": quick, "latency": latency, "kills": kills})
     medians = {f"{name}_ms": figures["median_ms"] for name, figures in latency.items()}
     order = ("shm_large_ms", "inline_large_ms", "shm_small_ms", "inline_small_ms")
     return {
