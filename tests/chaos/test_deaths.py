@@ -1,0 +1,134 @@
+"""Every process dies once while 200 mixed requests run: 200 pictures, none lost, none twice."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import random
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import psutil
+import pytest
+from redis.asyncio import Redis
+from running_up import STOP_TIMEOUT_S, Up, is_gone
+from tiny_model import make_tiny_model
+
+from shared import keys
+from shared.records import Records
+from shared.streams import connect
+
+NUM_REQUESTS = 200
+VICTIMS = (
+    "services.unet_worker",
+    "services.vae_worker",
+    "services.scheduler",
+    "services.gateway",
+    "redis.sock",
+)
+"""A word of each process's command line."""
+MEMORY_SLACK_BYTES = 200 << 20
+
+
+@pytest.fixture
+def up(tmp_path: Path) -> Iterator[Up]:
+    up = Up.start(make_tiny_model(tmp_path / "tiny"), tmp_path / "d")
+    yield up
+    up.process.kill()
+    up.process.wait()
+
+
+def body(number: int) -> dict[str, object]:
+    rng = random.Random(number)
+    return {
+        "prompt": f"picture {number}",
+        "negative_prompt": rng.choice(["", "blue"]),
+        "num_inference_steps": rng.randint(1, 8),
+        "guidance_scale": rng.choice([1.0, 3.0, 7.5]),
+        "sampler": rng.choice(["ddim", "euler", "euler_a", "dpmpp_2m"]),
+        "size": rng.choice(["64x64", "64x64", "64x128"]),
+        "seed": number,
+    }
+
+
+async def generate(session: aiohttp.ClientSession, number: int) -> bytes:
+    """As a patient client: a broken connection or a 5xx is tried again."""
+    while True:
+        try:
+            async with session.post("/v1/images/generations", json=body(number)) as reply:
+                if reply.status == 200:
+                    return base64.b64decode((await reply.json())["data"][0]["b64_json"])
+                assert reply.status in {429, 500, 502, 503}, await reply.text()
+        except aiohttp.ClientError:
+            pass
+        await asyncio.sleep(0.2)
+
+
+def kill(up: Up, victim: str) -> None:
+    for child in up.children():
+        if victim in " ".join(child.cmdline()):
+            child.send_signal(signal.SIGKILL)
+            return
+    raise AssertionError(f"no {victim} among {[c.cmdline() for c in up.children()]}")
+
+
+def resident_bytes(up: Up) -> dict[str, int]:
+    return {
+        " ".join(child.cmdline())[-30:]: child.memory_info().rss
+        for child in up.children()
+        if "services." in " ".join(child.cmdline())
+    }
+
+
+async def count_states(redis: Redis) -> Counter[str]:
+    records = Records(redis)
+    ids = [
+        key.decode().removeprefix(keys.request("")) async for key in redis.scan_iter("sd:request:*")
+    ]
+    found = [await records.read(request_id) for request_id in ids]
+    return Counter(record.state for record in found if record)
+
+
+async def serve_through_deaths(up: Up) -> None:
+    timeout = aiohttp.ClientTimeout(total=200)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(up.url, timeout=timeout, connector=connector) as session:
+        await generate(session, 10_000)
+        before = resident_bytes(up)
+        tasks = [asyncio.create_task(generate(session, number)) for number in range(NUM_REQUESTS)]
+        for part, victim in enumerate(VICTIMS, start=1):
+            while sum(task.done() for task in tasks) < NUM_REQUESTS * part // 8:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+            kill(up, victim)
+        images = await asyncio.gather(*tasks)
+        assert all(image.startswith(b"\x89PNG") for image in images)
+        # Unfinished leftovers of clients that were cut off finish too.
+        redis = connect(f"unix://{up.data_dir}/redis.sock")
+        while await redis.xlen(keys.REQUESTS):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+        states = await count_states(redis)
+        assert states["done"] >= NUM_REQUESTS + 1
+        assert set(states) <= {"done", "cancelled"}, states
+        assert len(list(await redis.keys("sd:latents:*"))) == 0
+        await redis.aclose()
+        after = resident_bytes(up)
+        grown = {name: after[name] - before[name] for name in before.keys() & after.keys()}
+        assert all(growth < MEMORY_SLACK_BYTES for growth in grown.values()), grown
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_200_requests_survive_the_death_of_every_process(up: Up) -> None:
+    up.wait_ready()
+    asyncio.run(serve_through_deaths(up))
+    assert len(up.segments()) == 1
+    children = up.children()
+    segments = up.segments()
+    up.process.send_signal(signal.SIGINT)
+    assert up.process.wait(STOP_TIMEOUT_S) == 0, up.said()
+    assert all(is_gone(child) for child in children)
+    assert not any(segment.exists() for segment in segments)
+    assert not psutil.Process().children()
