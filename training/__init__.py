@@ -1,0 +1,1 @@
+"""Trains the embedded model: pictures, captions, tokenizer, VAE, UNet, export."""

@@ -1,0 +1,80 @@
+"""Writes the trained parts as one diffusers folder, fp16, with references and a model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from training.diffusion import Denoiser, build_sampler
+from training.emoji_set import Emoji
+from training.retrieval import REFERENCE_SIZE, References
+
+MODEL_CARD = Path(__file__).with_name("model_card.md")
+
+
+def build_pipeline(
+    vae: AutoencoderKL, denoiser: Denoiser, tokenizer: CLIPTokenizer
+) -> StableDiffusionPipeline:
+    """Put the parts together as diffusers' own pipeline, without a safety checker."""
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=denoiser.text_encoder,
+        tokenizer=tokenizer,
+        unet=denoiser.unet,
+        scheduler=build_sampler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def export_model(
+    pipeline: StableDiffusionPipeline,
+    emoji_set: tuple[Emoji, ...],
+    pixels: Tensor,
+    folder: Path,
+) -> None:
+    """Write `pipeline` (left in fp16) and its references to `folder`.
+
+    `pixels` are the training pictures (N, 3, 128, 128) uint8.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer_files = Path(pipeline.tokenizer.name_or_path)
+    pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(tokenizer_files / name, folder / "tokenizer" / name)
+    _finish_configs(folder)
+    blocks = pixels.shape[-1] // REFERENCE_SIZE
+    References(
+        characters=tuple(emoji.characters for emoji in emoji_set),
+        captions=tuple(emoji.captions for emoji in emoji_set),
+        pictures=torch.nn.functional.avg_pool2d(pixels.float() / 255, blocks),
+    ).save(folder)
+    shutil.copyfile(MODEL_CARD, folder / "README.md")
+
+
+def _finish_configs(folder: Path) -> None:
+    """Remove what the libraries note about this machine, and say that fp32 is the default.
+
+    transformers would else give the text encoder the weights' fp16, diffusers the rest fp32.
+    """
+    for path in folder.rglob("*.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            continue
+        noted = dict(config)
+        config.pop("_name_or_path", None)
+        if "dtype" in config:
+            config["dtype"] = "float32"
+        if config != noted:
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)

@@ -1,0 +1,191 @@
+"""The autoencoder: what it is, how it is trained, and how its latents are normalised."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name that every reader knows
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from training.loop import Draws, LoopSettings, train
+from training.pictures import PICTURE_SIZE, to_unit_range
+
+LATENT_CHANNELS = 8
+LATENT_SIZE = 16
+SCALE_FACTOR = PICTURE_SIZE // LATENT_SIZE
+WHOLE_PICTURES_FROM = 0.7  # of the training; crops before that
+CROPS = ((64, 4), (64, 4), (96, 2), (PICTURE_SIZE, 1))  # (pixels, rows) of like cost, in turn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VaeSettings:
+    """How long and how hard the autoencoder learns; a step sees about one picture's pixels."""
+
+    steps: int = 6_000
+    decoder_steps: int = 6_000
+    peak_rate: float = 2.5e-3
+    kl_weight: float = 2e-4
+    seed: int = 0
+
+
+def build_vae() -> AutoencoderKL:
+    """Return a fresh f8 autoencoder with eight latent channels and a small decoder.
+
+    Its decoder takes 2.7 GFLOP for a picture of 128x128.
+    """
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64, 128),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=LATENT_CHANNELS,
+        layers_per_block=1,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=PICTURE_SIZE,
+        scaling_factor=1.0,  # the normalisation is folded into the weights
+        force_upcast=False,
+    ).to(memory_format=torch.channels_last)
+
+
+def reconstruction_loss(reconstruction: Tensor, pictures: Tensor) -> Tensor:
+    """L1 + L2, and L1 of the gradients at two scales, which is what keeps edges crisp."""
+    error = reconstruction - pictures
+    half = F.avg_pool2d(error, 2)
+    loss = error.abs().mean() + 5 * error.square().mean() + 0.5 * half.abs().mean()
+    for scale in (error, half):
+        loss = loss + 0.5 * scale.diff(dim=-1).abs().mean() + 0.5 * scale.diff(dim=-2).abs().mean()
+    return loss
+
+
+def train_vae(pixels: Tensor, settings: VaeSettings, checkpoint: Path) -> AutoencoderKL:
+    """Train on `pixels` (N, 3, 128, 128) uint8, first on crops, in the end on whole pictures.
+
+    The latents come out as the network likes them; `fold_normalisation` sets their scale.
+    """
+    torch.manual_seed(settings.seed)
+    vae = build_vae()
+    loop = _loop_settings(settings, settings.steps)
+
+    def loss_of(draws: Draws) -> Tensor:
+        size, rows = _crop_of(draws.step, loop)
+        corners = _corners(draws, rows, PICTURE_SIZE - size)
+        pictures = torch.stack(
+            [
+                pixels[index, :, top : top + size, left : left + size]
+                for index, (top, left) in zip(
+                    draws.indices(len(pixels), rows=rows), corners, strict=True
+                )
+            ]
+        )
+        pictures = to_unit_range(pictures).to(memory_format=torch.channels_last)
+        posterior = vae.encode(pictures).latent_dist
+        reconstruction = vae.decode(posterior.sample(draws.generator)).sample
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        loss: Tensor = reconstruction_loss(reconstruction, pictures) + settings.kl_weight * kl
+        return loss
+
+    return cast(AutoencoderKL, train(vae, loss_of, loop, checkpoint))
+
+
+def train_decoder(
+    vae: AutoencoderKL,
+    latents: Tensor,
+    pixels: Tensor,
+    settings: VaeSettings,
+    checkpoint: Path,
+) -> AutoencoderKL:
+    """Go on with the decoder alone, on fixed `latents` (N, 8, 16, 16), so no UNet must relearn.
+
+    Crops are cut from the latents of whole pictures, as they are at inference.
+    """
+    vae.requires_grad_(requires_grad=False)
+    vae.decoder.requires_grad_(requires_grad=True)
+    vae.post_quant_conv.requires_grad_(requires_grad=True)
+    loop = _loop_settings(settings, settings.decoder_steps)
+
+    def loss_of(draws: Draws) -> Tensor:
+        size, rows = _crop_of(draws.step, loop)
+        cells = size // SCALE_FACTOR
+        corners = _corners(draws, rows, LATENT_SIZE - cells)
+        indices = draws.indices(len(pixels), rows=rows)
+        places = list(zip(indices, corners, strict=True))
+        crops = torch.stack(
+            [latents[i, :, top : top + cells, left : left + cells] for i, (top, left) in places]
+        )
+        pictures = torch.stack(
+            [
+                pixels[i, :, y : y + size, x : x + size]
+                for i, (y, x) in (
+                    (i, (top * SCALE_FACTOR, left * SCALE_FACTOR)) for i, (top, left) in places
+                )
+            ]
+        )
+        reconstruction = vae.decode(crops.to(memory_format=torch.channels_last)).sample
+        return reconstruction_loss(reconstruction, to_unit_range(pictures))
+
+    return cast(AutoencoderKL, train(vae, loss_of, loop, checkpoint))
+
+
+@torch.no_grad()
+def encode_all(vae: AutoencoderKL, pixels: Tensor, *, rows: int = 8) -> Tensor:
+    """Return the mean latents (N, 8, 16, 16) of whole pictures."""
+    batches = [
+        to_unit_range(pixels[first : first + rows]).to(memory_format=torch.channels_last)
+        for first in range(0, len(pixels), rows)
+    ]
+    return torch.cat([vae.encode(batch).latent_dist.mode() for batch in batches]).contiguous()
+
+
+@torch.no_grad()
+def reconstruction_psnr_db(vae: AutoencoderKL, pixels: Tensor) -> float:
+    """Mean over pictures of the PSNR (dB, peak 255) of encode and decode on whole pictures."""
+    total = 0.0
+    for index in range(len(pixels)):
+        picture = pixels[index : index + 1]
+        latents = encode_all(vae, picture)
+        decoded = vae.decode(latents.to(memory_format=torch.channels_last)).sample
+        restored = ((decoded.clamp(-1, 1) + 1) * 127.5).round()
+        error = (restored - picture.float()).square().mean().item()
+        total += 10 * math.log10(255.0**2 / max(error, 1e-9))
+    return total / len(pixels)
+
+
+@torch.no_grad()
+def fold_normalisation(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+    """Make `vae` speak latents (z - mean) / std, exactly: mean and std (C,) move into the 1x1s.
+
+    `quant_conv` writes means and log-variances, so the log-variance drops by 2 ln(std);
+    `post_quant_conv` reads the latents, so it takes the inverse.
+    """
+    channels = len(mean)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    quant.weight[:channels] /= std.view(-1, 1, 1, 1)
+    quant.bias[:channels] = (quant.bias[:channels] - mean) / std
+    quant.bias[channels:] -= 2 * std.log()
+    post.bias += (post.weight * mean.view(1, -1, 1, 1)).sum(dim=(1, 2, 3))
+    post.weight *= std.view(1, -1, 1, 1)
+
+
+def _loop_settings(settings: VaeSettings, steps: int) -> LoopSettings:
+    return LoopSettings(
+        steps=steps,
+        peak_rate=settings.peak_rate,
+        weight_decay=1e-3,
+        average_decay=0.998,
+        seed=settings.seed,
+    )
+
+
+def _crop_of(step: int, loop: LoopSettings) -> tuple[int, int]:
+    """Return the (pixels, rows) of a step's batch: whole pictures in the end."""
+    return CROPS[-1] if step >= WHOLE_PICTURES_FROM * loop.steps else CROPS[step % len(CROPS)]
+
+
+def _corners(draws: Draws, rows: int, last: int) -> list[tuple[int, int]]:
+    """Return a random (top, left) for each row, both at most `last`."""
+    return [(draws.random.randint(0, last), draws.random.randint(0, last)) for _ in range(rows)]
