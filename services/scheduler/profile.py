@@ -1,13 +1,287 @@
-"""What a device can do, as measured: the duration of a slot by its rows, and the knee."""
+"""What a device can do with a model: how long each kind of slot and each decode chunk takes.
+
+A profile is a value. It is measured ahead by `synerdiff profile` (real processes side by side), or
+made in short from what workers say of themselves, or written down as an assumption; `source` tells
+which. `profile_file` reads and writes it. What is measured while serving goes to `drift`.
+
+Words:
+    key: "HEIGHTxWIDTH" in pixels of the picture.
+    slot kind: CPU threads of the UNet and of the decoder, and decode chunks in flight beside it.
+    A thread count of 0 is the library's default.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import mean
+
+from shared.messages import WorkerInfo
 
 KNEE_FRACTION = 0.95
 """The knee is the smallest batch with at least this share of the best throughput."""
+
+SHORT_SPREAD = 0.1
+"""Relative spread put down for what a worker measures at its start, in a few repeats."""
+
+
+def make_key(height: int, width: int) -> str:
+    """The profile's name of a picture size in pixels."""
+    return f"{height}x{width}"
+
+
+def num_pixels(key: str) -> int:
+    """Pixels of a picture of that key."""
+    height, _, width = key.partition("x")
+    return int(height) * int(width)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class SlotKind:
+    """CPU threads of each side, 0 for the default, and chunks beside the slot, 0 for alone."""
+
+    unet_threads: int
+    vae_threads: int = 0
+    chunks: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotTiming:
+    """One kind of slot at one picture size.
+
+    step_ms: median duration of the UNet forward by its rows. chunks_ms: median time, by the same
+    rows, that the kind's chunks took beside it; empty for a slot alone. Chunks that outlast their
+    forward are measured with forwards going on. spread: (75th - 25th percentile) / median, the
+    largest over the rows.
+    """
+
+    key: str
+    kind: SlotKind
+    step_ms: Mapping[int, float]
+    chunks_ms: Mapping[int, float] = field(default_factory=dict)
+    spread: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeTiming:
+    """A decode of one picture size, alone on the device.
+
+    chunk_ms: median duration of each chunk, in order. granularity: how it was cut, in words.
+    """
+
+    key: str
+    threads: int
+    chunk_ms: tuple[float, ...]
+    granularity: str = ""
+    spread: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkipLevel:
+    """What one level of `guidance_skip` costs and saves when all that it allows is skipped.
+
+    rows_saved: of all rows of the fully guided run, 0 to 0.5. The pictures are compared with those
+    of full guidance, in dB.
+    """
+
+    rows_saved: float
+    psnr_mean_db: float
+    psnr_p5_db: float
+
+
+ASSUMED_SKIP_LEVELS: Mapping[str, SkipLevel] = {
+    "balanced": SkipLevel(rows_saved=0.30, psnr_mean_db=37.0, psnr_p5_db=28.3),
+    "fast": SkipLevel(rows_saved=0.34, psnr_mean_db=32.0, psnr_p5_db=23.3),
+}
+"""Where a profile has none: the first measurement on a half-trained emoji model, 25 DDIM steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """All timings of one model on one device, in milliseconds.
+
+    device: "cpu" or "cuda", as a worker's device begins. threads: CPU threads of the device, 0
+    where it has none to share. encode_ms: a guided request's text encoding, alone. source:
+    "measured", "short" (what workers measured at their start: nothing is known of slots beside
+    chunks, so none are offered, as if sharing the device gained nothing) or "assumed". notes: what
+    it was measured on or taken from, by name.
+
+    Raises:
+        ValueError: No slot alone is timed, or a duration is not positive.
+    """
+
+    model_id: str
+    device: str
+    dtype: str
+    threads: int
+    slots: tuple[SlotTiming, ...]
+    decodes: tuple[DecodeTiming, ...]
+    encode_ms: float = 0.0
+    skip_levels: Mapping[str, SkipLevel] = field(default_factory=lambda: dict(ASSUMED_SKIP_LEVELS))
+    source: str = "measured"
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check what every later question relies on."""
+        if not any(timing.kind.chunks == 0 for timing in self.slots):
+            raise ValueError("a profile needs the duration of slots alone")
+        for slot in self.slots:
+            _check_positive(f"slot {slot.key} {slot.kind}", slot.step_ms.values())
+            if slot.kind.chunks:
+                _check_positive(f"chunks beside {slot.key} {slot.kind}", slot.chunks_ms.values())
+                if set(slot.chunks_ms) != set(slot.step_ms):
+                    raise ValueError(f"slot {slot.key} {slot.kind}: rows of the two sides differ")
+        for decode in self.decodes:
+            _check_positive(f"decode {decode.key}", decode.chunk_ms)
+
+    @cached_property
+    def _slot_ms(self) -> dict[tuple[str, int, SlotKind], tuple[float, float]]:
+        return {}
+
+    @cached_property
+    def _knees(self) -> dict[str, int]:
+        return {}
+
+    def knee(self, key: str) -> int:
+        """The smallest batch that is nearly as fast per row, alone, as any measured."""
+        if key not in self._knees:
+            durations, _ = self._timings(key, self.alone_kind(key))
+            best = max(rows / ms for rows, ms in durations.items())
+            self._knees[key] = min(
+                rows for rows, ms in durations.items() if rows / ms >= KNEE_FRACTION * best
+            )
+        return self._knees[key]
+
+    def kinds(self, key: str) -> tuple[SlotKind, ...]:
+        """The slot kinds on offer for a picture size; of threads by default only if no other."""
+        nearest = self._nearest(key, [timing.key for timing in self.slots])
+        kinds = sorted({timing.kind for timing in self.slots if timing.key == nearest})
+        return tuple(kind for kind in kinds if kind.unet_threads) or tuple(kinds)
+
+    def alone_kind(self, key: str) -> SlotKind:
+        """The fastest kind with no chunk beside it."""
+        alone = [kind for kind in self.kinds(key) if kind.chunks == 0]
+        return min(alone, key=lambda kind: min(self._timings(key, kind)[0].values()))
+
+    def beside_kinds(self, key: str) -> tuple[SlotKind, ...]:
+        """The kinds with chunks beside the slot."""
+        return tuple(kind for kind in self.kinds(key) if kind.chunks)
+
+    def slot_ms(self, key: str, rows: int, kind: SlotKind) -> tuple[float, float]:
+        """Durations of the forward and of the kind's chunks beside it (0 for none)."""
+        known = self._slot_ms.get((key, rows, kind))
+        if known is None:
+            step_ms, chunks_ms = self._timings(key, kind)
+            known = (interpolate(step_ms, rows), interpolate(chunks_ms, rows) if chunks_ms else 0.0)
+            self._slot_ms[(key, rows, kind)] = known
+        return known
+
+    def decode(self, key: str) -> DecodeTiming | None:
+        """The fastest decode alone of that size, scaled by pixels from the nearest one."""
+        if not self.decodes:
+            return None
+        nearest = self._nearest(key, [timing.key for timing in self.decodes])
+        same_key = [timing for timing in self.decodes if timing.key == nearest]
+        named = [timing for timing in same_key if timing.threads] or same_key
+        best = min(named, key=lambda timing: (sum(timing.chunk_ms), timing.threads))
+        if nearest == key:
+            return best
+        scale = num_pixels(key) / num_pixels(nearest)
+        return DecodeTiming(
+            key=key,
+            threads=best.threads,
+            chunk_ms=tuple(ms * scale for ms in best.chunk_ms),
+            granularity=best.granularity,
+            spread=best.spread,
+        )
+
+    def _timings(self, key: str, kind: SlotKind) -> tuple[dict[int, float], dict[int, float]]:
+        """The two sides' durations by rows; of an unmeasured size, scaled by its pixels."""
+        nearest = self._nearest(key, [timing.key for timing in self.slots if timing.kind == kind])
+        timing = next(t for t in self.slots if t.key == nearest and t.kind == kind)
+        scale = 1.0 if nearest == key else num_pixels(key) / num_pixels(nearest)
+        return (
+            {rows: ms * scale for rows, ms in timing.step_ms.items()},
+            {rows: ms * scale for rows, ms in timing.chunks_ms.items()},
+        )
+
+    @staticmethod
+    def _nearest(key: str, keys: Sequence[str]) -> str:
+        if not keys:
+            raise KeyError(f"the profile has nothing of that kind for {key}")
+        pixels = num_pixels(key)
+        return min(keys, key=lambda known: (abs(num_pixels(known) - pixels), known))
+
+
+def interpolate(durations: Mapping[int, float], rows: int) -> float:
+    """The duration at `rows`: linear between measurements, and beyond the largest."""
+    if rows in durations:
+        return durations[rows]
+    sizes = sorted(durations)
+    if rows < sizes[0]:
+        return durations[sizes[0]]
+    if len(sizes) == 1:
+        return durations[sizes[0]] * rows / sizes[0]
+    upper = min(bisect_left(sizes, rows), len(sizes) - 1)
+    low, high = sizes[upper - 1], sizes[upper]
+    slope = (durations[high] - durations[low]) / (high - low)
+    return max(durations[low] + slope * (rows - low), durations[sizes[0]])
+
+
+def profile_in_short(unet: WorkerInfo, vaes: Sequence[WorkerInfo]) -> Profile:
+    """A profile from what the workers of one device measured at their start.
+
+    Raises:
+        ValueError: The UNet worker has measured nothing.
+    """
+    model = unet.model
+    key = make_key(model.default_height, model.default_width) if model else "512x512"
+    decodes = [vae for vae in vaes if vae.decode_ms > 0]
+    decode_ms = mean(vae.decode_ms for vae in decodes) if decodes else 0.0
+    num_chunks = min((vae.num_chunks for vae in decodes), default=1)
+    timing = DecodeTiming(
+        key=key,
+        threads=max((vae.threads for vae in decodes), default=0),
+        chunk_ms=(decode_ms / num_chunks,) * num_chunks,
+        granularity=f"{num_chunks} chunks, taken as equal",
+        spread=SHORT_SPREAD,
+    )
+    return Profile(
+        model_id=unet.model_id,
+        device=unet.device.partition(":")[0],
+        dtype=unet.dtype,
+        threads=unet.threads,
+        slots=(
+            SlotTiming(
+                key=key,
+                kind=SlotKind(unet_threads=unet.threads),
+                step_ms=dict(unet.step_ms),
+                spread=SHORT_SPREAD,
+            ),
+        ),
+        decodes=(timing,) if decodes else (),
+        source="short",
+        notes={"by": "its workers, at their start"},
+    )
+
+
+def matching_profile(profiles: Sequence[Profile], unet: WorkerInfo) -> Profile | None:
+    """The profile that was made for this worker's model, dtype, kind of device and threads."""
+    device = unet.device.partition(":")[0]
+    wanted = (unet.model_id, unet.dtype, device)
+    for profile in profiles:
+        found = (profile.model_id, profile.dtype, profile.device)
+        if found == wanted and profile.threads in {0, unet.threads}:
+            return profile
+    return None
+
+
+def _check_positive(name: str, durations: object) -> None:
+    values = list(durations)  # type: ignore[call-overload]
+    if not values or any(ms <= 0 for ms in values):
+        raise ValueError(f"{name} needs positive durations, got {values}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,24 +297,9 @@ class StepProfile:
         Raises:
             ValueError: There is no measurement, or one is not positive.
         """
-        if not self.step_ms or any(ms <= 0 for ms in self.step_ms.values()):
-            raise ValueError(f"step_ms needs positive durations by rows, got {dict(self.step_ms)}")
+        if not self.step_ms:
+            raise ValueError("step_ms needs positive durations by rows")
+        _check_positive("step_ms", self.step_ms.values())
         best = max(rows / ms for rows, ms in self.step_ms.items())
         knee = min(rows for rows, ms in self.step_ms.items() if rows / ms >= KNEE_FRACTION * best)
         object.__setattr__(self, "knee", knee)
-
-    def slot_ms(self, rows: int) -> float:
-        """Expected duration of a slot, linear between measurements and beyond them."""
-        sizes = sorted(self.step_ms)
-        if rows in self.step_ms:
-            return self.step_ms[rows]
-        if rows < sizes[0] or len(sizes) == 1:
-            return (
-                self.step_ms[sizes[0]] * rows / sizes[0]
-                if rows > sizes[0]
-                else (self.step_ms[sizes[0]])
-            )
-        upper = min(bisect_left(sizes, rows), len(sizes) - 1)
-        low, high = sizes[upper - 1], sizes[upper]
-        slope = (self.step_ms[high] - self.step_ms[low]) / (high - low)
-        return self.step_ms[low] + slope * (rows - low)

@@ -1,0 +1,101 @@
+"""Profiles: questions to them, their file, and their slow correction."""
+
+from __future__ import annotations
+
+import pytest
+from scheduler_world import make_worker
+
+from services.scheduler.drift import ALONE, MAX_RATIO, WEIGHT, Drift
+from services.scheduler.profile import (
+    DecodeTiming,
+    Profile,
+    SlotKind,
+    SlotTiming,
+    matching_profile,
+    profile_in_short,
+)
+from services.scheduler.profile_file import format_profile, parse_profile
+from shared.errors import ConfigurationError
+
+BESIDE = SlotKind(unet_threads=1, vae_threads=1, chunks=2)
+PROFILE = Profile(
+    model_id="m",
+    device="cpu",
+    dtype="float32",
+    threads=2,
+    slots=(
+        SlotTiming(
+            key="64x64",
+            kind=SlotKind(unet_threads=2),
+            step_ms={1: 10.0, 2: 12.0, 4: 20.0, 8: 39.0},
+        ),
+        SlotTiming(
+            key="64x64",
+            kind=BESIDE,
+            step_ms={1: 15.0, 8: 50.0},
+            chunks_ms={1: 20.0, 8: 22.0},
+        ),
+    ),
+    decodes=(DecodeTiming(key="64x64", threads=2, chunk_ms=(5.0, 5.0, 6.0, 4.0)),),
+    encode_ms=3.0,
+    notes={"cpu": "one that is not there"},
+)
+
+
+def test_the_knee_is_the_smallest_batch_near_the_best_throughput() -> None:
+    assert PROFILE.knee("64x64") == 4
+
+
+def test_durations_are_interpolated_and_other_sizes_scaled_by_pixels() -> None:
+    alone = PROFILE.alone_kind("64x64")
+    assert PROFILE.slot_ms("64x64", 3, alone) == (16.0, 0.0)
+    assert PROFILE.slot_ms("128x64", 4, alone) == (40.0, 0.0)
+    assert PROFILE.slot_ms("64x64", 8, BESIDE) == (50.0, 22.0)
+    decode = PROFILE.decode("128x128")
+    assert decode
+    assert sum(decode.chunk_ms) == pytest.approx(80.0)
+
+
+def test_a_profile_survives_its_file() -> None:
+    assert parse_profile(format_profile(PROFILE)) == PROFILE
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "synerdiff-profile", "version": 2}'])
+def test_a_file_that_is_no_profile_is_refused_by_name(text: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"here\.json"):
+        parse_profile(text, name="here.json")
+
+
+def test_a_short_profile_offers_no_slots_beside_chunks() -> None:
+    unet = make_worker("unet", "u", "u-1")
+    vae = make_worker("vae", "v", "v-1")
+    profile = profile_in_short(unet, [vae])
+    assert profile.source == "short"
+    assert not profile.beside_kinds("64x64")
+    decode = profile.decode("64x64")
+    assert decode
+    assert decode.chunk_ms == (5.0,) * 4
+
+
+def test_a_profile_serves_the_workers_it_was_made_for() -> None:
+    unet = make_worker("unet", "u", "u-1")
+    assert matching_profile([PROFILE], unet) is PROFILE
+    other = Profile(
+        model_id="m",
+        device="cpu",
+        dtype="bfloat16",
+        threads=2,
+        slots=PROFILE.slots,
+        decodes=(),
+    )
+    assert matching_profile([other], unet) is None
+
+
+def test_drift_follows_a_lasting_change_and_shrugs_at_an_outlier() -> None:
+    drift = Drift()
+    for _ in range(200):
+        predicted = 10.0 * drift.factor(ALONE)
+        drift = drift.after(ALONE, predicted_ms=predicted, measured_ms=15.0)
+    assert drift.factor(ALONE) == pytest.approx(1.5, rel=0.01)
+    shocked = drift.after(ALONE, predicted_ms=15.0, measured_ms=15_000.0)
+    assert shocked.factor(ALONE) <= drift.factor(ALONE) * MAX_RATIO**WEIGHT * 1.001
