@@ -95,6 +95,7 @@ class Stack:
         """The gateway, the scheduler and the workers, in the order in which to start them."""
         environment = dict(self.environment) | {
             "SYNERDIFF_REDIS_URL": redis_url,
+            "SYNERDIFF_METRICS_PORT": "0",  # the gateway shows everybody's
             "PROMETHEUS_MULTIPROC_DIR": str(metrics_folder),
             "PYTHONFAULTHANDLER": "1",
             "PYTHONUNBUFFERED": "1",
@@ -117,7 +118,6 @@ def prepare_stack(options: StackOptions) -> Stack:
     """
     os.environ.update(options.environment())
     os.environ.setdefault("SYNERDIFF_MODEL", str(EMBEDDED_MODEL))
-    load_settings(ServiceSettings)
     gateway = load_settings(GatewaySettings)
     scheduler = load_settings(SchedulerSettings)
     worker = load_settings(UnetWorkerSettings)
