@@ -74,9 +74,15 @@ class SchedulerSettings(ServiceSettings):
 
 
 class WorkerSettings(ServiceSettings):
-    """What both kinds of worker need. worker_id, device_group: empty derives them from the host."""
+    """What both kinds of worker need.
 
-    worker_id: str = ""
+    worker_id: who a restarted worker is; may hold {kind}, {hostname} and {pid}. device_group: empty
+    means the physical device. threads: 0 means as many as the process may use.
+    """
+
+    worker_id: str = Field(
+        "{kind}-{hostname}-{pid}", pattern=r"^([\w.-]|\{(kind|hostname|pid)\})+$"
+    )
     device_group: str = ""
     model: Path = Path("models/emoji")
     device: str = "auto"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import uuid
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,16 +23,6 @@ from shared.messages import Message, WorkerInfo, WorkerLost, WorkerRegistered
 from shared.streams import MAX_BLOCK_MS, Streams, script
 
 T = TypeVar("T")
-
-
-def make_worker_id(kind: str) -> str:
-    """A name that the next process in this place gets again, as containers do."""
-    return f"{kind}-{socket.gethostname()}-{os.getpid()}"
-
-
-def make_incarnation(worker_id: str) -> str:
-    """A name for this process's life that no other has."""
-    return f"{worker_id}-{uuid.uuid4().hex[:8]}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

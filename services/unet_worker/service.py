@@ -37,13 +37,8 @@ from shared.messages import (
 from shared.settings import UnetWorkerSettings, available_threads
 from shared.tensor_bytes import dtype_name, pack_tensor
 from shared.tensor_pool import TensorPool
-from shared.worker import (
-    ComputeThread,
-    WorkerLink,
-    find_place,
-    make_incarnation,
-    make_worker_id,
-)
+from shared.worker import ComputeThread, WorkerLink, find_place
+from shared.worker_id import make_incarnation, make_worker_id
 
 PROFILE_ROWS = (1, 2, 4, 8, 16)
 """Slot sizes measured at the start; the scheduler finds the knee among them."""
@@ -60,7 +55,7 @@ class UnetWorkerService:
     """
 
     def __init__(self, redis: Redis, settings: UnetWorkerSettings) -> None:
-        worker_id = settings.worker_id or make_worker_id("unet")
+        worker_id = make_worker_id(settings.worker_id, "unet")
         self._redis = redis
         self._settings = settings
         self._worker_id = worker_id
@@ -248,8 +243,9 @@ class UnetWorkerService:
         if self._pool:
             self._pool.set_running_seq(slot.seq)
         start = time.perf_counter()
-        result = await self._compute.run(
-            partial(self._denoiser.run, slot.rows), threads=slot.threads
+        result, _ = await asyncio.gather(
+            self._compute.run(partial(self._denoiser.run, slot.rows), threads=slot.threads),
+            asyncio.to_thread(self._denoiser.draw_ahead),
         )
         duration = time.perf_counter() - start
         self._observe(result, duration)

@@ -36,7 +36,8 @@ from shared.records import Commit, Outcome, Records
 from shared.settings import VaeWorkerSettings, available_threads
 from shared.tensor_bytes import unpack_tensor
 from shared.tensor_pool import TensorReader
-from shared.worker import ComputeThread, WorkerLink, find_place, make_incarnation, make_worker_id
+from shared.worker import ComputeThread, WorkerLink, find_place
+from shared.worker_id import make_incarnation, make_worker_id
 
 log = get_logger()
 
@@ -68,7 +69,7 @@ class VaeWorkerService:
     """
 
     def __init__(self, redis: Redis, settings: VaeWorkerSettings) -> None:
-        worker_id = settings.worker_id or make_worker_id("vae")
+        worker_id = make_worker_id(settings.worker_id, "vae")
         self._redis = redis
         self._settings = settings
         self._worker_id = worker_id
