@@ -165,28 +165,29 @@ def test_a_stale_release_changes_nothing(pool, reader) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "reason"),
     [
-        {"slot": 2},
-        {"slot": -1},
-        {"shape": (2048,)},
-        {"shape": (5,)},
-        {"shape": (-4,)},
-        {"shape": ()},
-        {"dtype": "float64"},
-        {"dtype": "float16"},
-        {"generation": 0},
-        {"host": "elsewhere"},
-        {"owner": "unet-2"},
-        {"pool": "synerdiff-unet-2"},
-        {"pool": "../synerdiff-unet-1"},
-        {"kind": "inline"},
+        ({"slot": 2}, "no 16 bytes in slot 2"),
+        ({"slot": -1}, "no 16 bytes in slot -1"),
+        ({"shape": (2048,)}, "no 8192 bytes in slot"),
+        ({"shape": (5,)}, "is not 20 bytes"),
+        ({"shape": (-4,)}, "empty dimensions"),
+        ({"shape": ()}, "no or empty dimensions"),
+        ({"dtype": "float64"}, "unknown dtype"),
+        ({"dtype": "float16"}, "is not 8 bytes"),
+        ({"generation": 0}, "not 0"),
+        ({"host": "elsewhere"}, "another host"),
+        ({"owner": "unet-2"}, "no shm of unet-2"),
+        ({"pool": "synerdiff-unet-2"}, "No such file"),
+        ({"pool": "../synerdiff-unet-1"}, "no pool's name"),
+        ({"kind": "cuda_ipc"}, "no cuda_ipc of unet-1"),
+        ({"kind": "inline"}, "no inline of unet-1"),
     ],
 )
-def test_a_handle_that_fits_nothing_is_lost(pool, reader, change) -> None:
+def test_a_handle_that_fits_nothing_is_lost(pool, reader, change, reason) -> None:
     handle = publish(pool, torch.ones(4))
     reader.read(handle)
-    with pytest.raises(HandleLostError):
+    with pytest.raises(HandleLostError, match=reason):
         reader.read(replace(handle, **change))
 
 
