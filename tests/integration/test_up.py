@@ -52,6 +52,7 @@ def request_images(up: Up, num_images: int) -> list[Image.Image]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_stack_serves_survives_the_death_of_its_parts_and_leaves_nothing_behind(
     start: Callable[[], Up], tmp_path: Path
 ) -> None:
