@@ -149,10 +149,10 @@ class Denoiser:
         Raises:
             torch.OutOfMemoryError: In the UNet; nothing has changed, fewer rows may fit.
         """
-        requests = self._choose(rows)
-        if not requests:
+        chosen = self._choose(rows)
+        if not chosen:
             return SlotResult(rows=tuple(self._report(row, None) for row in rows))
-        slot = Slot(list(requests.values()))
+        slot = Slot(list(chosen.values()))
         outcomes = slot.denoise(self._model)
         finished: list[FinishedLatents] = []
         failures: list[RowFailure] = []
@@ -166,8 +166,12 @@ class Denoiser:
                 finished.append(_finished(outcome))
                 self._store.release(resident.request_id)
         ran = {outcome.resident.request_id: outcome for outcome in outcomes}
+        reports = [
+            self._report(row, ran[row.request_id] if place in chosen else None)
+            for place, row in enumerate(rows)
+        ]
         return SlotResult(
-            rows=tuple(self._report(row, ran.get(row.request_id)) for row in rows),
+            rows=tuple(reports),
             finished=tuple(finished),
             failures=tuple(failures),
             num_unet_rows=slot.num_unet_rows,
@@ -245,27 +249,25 @@ class Denoiser:
         self._store.add(resident, key, conditions)
         return resident
 
-    def _choose(self, rows: Sequence[SlotRow]) -> dict[str, SlotRequest]:
-        chosen: dict[str, SlotRequest] = {}
-        pool = None
-        for row in rows:
+    def _choose(self, rows: Sequence[SlotRow]) -> dict[int, SlotRequest]:
+        """What runs, by its place in `rows`."""
+        chosen: dict[int, SlotRequest] = {}
+        pool, seen = None, set()
+        for place, row in enumerate(rows):
             resident = self._store.get(row.request_id, row.attempt)
             if resident is None or resident.step_index != row.step_index:
                 continue
             pool = pool or resident.pool
-            if resident.pool is pool and row.request_id not in chosen:
+            if resident.pool is pool and row.request_id not in seen:
+                seen.add(row.request_id)
                 is_skipped = row.skip and resident.can_skip
-                chosen[row.request_id] = SlotRequest(resident=resident, is_skipped=is_skipped)
+                chosen[place] = SlotRequest(resident=resident, is_skipped=is_skipped)
         return chosen
 
     def _report(self, row: SlotRow, outcome: RowOutcome | None) -> RowReport:
         held = self._store.get(row.request_id, row.attempt)
         next_step_index = held.step_index if held is not None else -1
-        if (
-            outcome is None
-            or outcome.resident.attempt != row.attempt
-            or outcome.step_index != row.step_index
-        ):
+        if outcome is None:
             return RowReport(
                 request_id=row.request_id,
                 attempt=row.attempt,

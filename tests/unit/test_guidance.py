@@ -1,0 +1,120 @@
+"""Skip-CFG's rules, and the arithmetic of guidance."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.unet_worker.guidance import (
+    SKIP_LEVELS,
+    GuidanceRecord,
+    SkipParameters,
+    can_skip,
+    extrapolate,
+    extrapolation_weight,
+    guide,
+    guide_from_text,
+    num_skippable,
+    relative_error,
+)
+
+torch.set_num_threads(1)
+
+BALANCED = SKIP_LEVELS["balanced"]
+assert BALANCED is not None
+
+
+def _full_steps(parameters: SkipParameters, num_steps: int, error: float = 0.0) -> list[int]:
+    """The steps that run in full when everything that may be skipped is skipped."""
+    record, full = GuidanceRecord(), []
+    for step_index in range(num_steps):
+        if not can_skip(parameters, record, step_index, num_steps):
+            record = record.after_full_step(step_index, error)
+            full.append(step_index)
+    return full
+
+
+def test_the_gaps_between_full_steps_grow_along_the_trajectory() -> None:
+    assert _full_steps(BALANCED, 25) == [0, 1, 2, 3, 5, 7, 10, 13, 17, 21]
+
+
+def test_a_request_whose_extrapolation_is_off_is_refreshed_more_often() -> None:
+    counts = [len(_full_steps(BALANCED, 25, error)) for error in (0.0, 0.2, 0.4, 0.6)]
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1] == 25
+
+
+def test_off_never_skips() -> None:
+    record = GuidanceRecord(full_steps=(8, 10), error=0.0)
+    assert not can_skip(SKIP_LEVELS["off"], record, 11, 25)
+
+
+@given(
+    parameters=st.builds(
+        SkipParameters,
+        warm_up=st.floats(0, 0.5),
+        first_gap=st.floats(0, 0.5),
+        gap_growth=st.floats(0, 1),
+        max_gap=st.floats(0, 0.5),
+        max_error=st.floats(0, 2),
+    ),
+    num_steps=st.integers(1, 100),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=50, deadline=None)
+def test_warm_up_is_full_and_no_gap_is_longer_than_allowed(
+    parameters: SkipParameters, num_steps: int, seed: int
+) -> None:
+    chance = random.Random(seed)
+    record, last_full = GuidanceRecord(), -1
+    for step_index in range(num_steps):
+        if can_skip(parameters, record, step_index, num_steps):
+            assert step_index >= 2
+            assert step_index >= parameters.warm_up * num_steps
+            assert step_index - last_full < parameters.max_gap * num_steps + 1e-6
+            assert record.error < math.inf
+        else:
+            error = chance.choice([0.0, 0.1, 0.5, 2.0, math.inf])
+            record = record.after_full_step(step_index, error)
+            last_full = step_index
+
+
+def test_an_error_that_is_not_finite_forbids_skipping() -> None:
+    record = GuidanceRecord(full_steps=(9,)).after_full_step(10, math.nan)
+    assert num_skippable(BALANCED, record, 25) == 0
+
+
+def test_the_extrapolation_reaches_at_most_one_interval() -> None:
+    record = GuidanceRecord(full_steps=(7, 10))
+    weights = [
+        extrapolation_weight(BALANCED, record, step_index) for step_index in (11, 12, 13, 14)
+    ]
+    assert weights == pytest.approx([0.5 / 3, 1.0 / 3, 0.5, 0.5])
+
+
+def test_the_first_direction_is_reused_as_it_is() -> None:
+    assert extrapolation_weight(BALANCED, GuidanceRecord(full_steps=(0,)), 1) == 0.0
+
+
+def test_guidance_from_the_text_row_alone_equals_full_guidance_where_the_direction_is_right() -> (
+    None
+):
+    uncond, text = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    scale = torch.tensor([1.5, 5.0, 12.0], dtype=torch.float64).view(-1, 1, 1, 1)
+    full = guide(uncond, text - uncond, scale)
+    torch.testing.assert_close(guide_from_text(text, text - uncond, scale), full)
+
+
+def test_a_direction_that_changes_linearly_is_extrapolated_exactly_by_the_full_slope() -> None:
+    start, change = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    older, newest, actual = start + 4 * change, start + 6 * change, start + 7 * change
+    weight = torch.tensor(1 / 2).view(-1, 1, 1, 1)
+    estimate = extrapolate(newest, older, weight)
+    torch.testing.assert_close(estimate, actual)
+    assert relative_error(estimate, actual) < 1e-6
+    assert relative_error(2 * actual, actual) == pytest.approx(1.0)

@@ -1,0 +1,157 @@
+"""Noise in diffusers' order, and pools that grow, shrink and keep their rows."""
+
+from __future__ import annotations
+
+import random
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from denoising import parameters
+
+from services.unet_worker.coefficients import COLUMNS, CoefficientTable
+from services.unet_worker.latents import BatchKey, Conditions, LatentStore, NoiseSource, Resident
+from services.unet_worker.model import DiffusionModel, load_model
+from shared.errors import OverloadedError
+
+torch.set_num_threads(1)
+
+SHAPE = (1, 4, 8, 8)
+KEY = BatchKey(latent_height=8, latent_width=8, num_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_folder: Path) -> DiffusionModel:
+    return load_model(tiny_model_folder, device="cpu", dtype="float32")
+
+
+def _store(model: DiffusionModel, max_requests: int = 64) -> LatentStore:
+    return LatentStore(model, max_requests=max_requests, max_forwards=10)
+
+
+def _add(store: LatentStore, seed: int, key: BatchKey = KEY) -> Resident:
+    table = CoefficientTable(
+        rows=torch.full((3, len(COLUMNS)), float(seed)),
+        draws_noise=(False,) * 3,
+        init_noise_sigma=2.0,
+        is_linear=True,
+    )
+    resident = Resident(
+        request_id=f"r{seed}",
+        attempt="1-1",
+        parameters=parameters(seed=seed, guidance_scale=float(seed)),
+        warnings=(),
+        table=table,
+        is_guided=True,
+        skip_parameters=None,
+        noise=NoiseSource(seed, (1, 4, key.latent_height, key.latent_width), 0),
+    )
+    embeds = torch.full((16, 32), float(seed))
+    conditions = Conditions(
+        negative_prompt_embeds=-embeds, prompt_embeds=embeds, timestep_cond=torch.empty(0)
+    )
+    store.add(resident, key, conditions)
+    return resident
+
+
+def _assert_intact(resident: Resident) -> None:
+    pool, row, seed = resident.pool, resident.row, resident.parameters.seed
+    assert pool.residents[row] is resident
+    assert torch.equal(pool.latents[row], 2.0 * resident.noise.initial[0])
+    assert (pool.prompt_embeds[row, 0] == -seed).all()
+    assert (pool.prompt_embeds[row, 1] == seed).all()
+    assert (pool.schedule[row, :3] == seed).all()
+    assert pool.guidance_scale[row] == seed
+
+
+def test_noise_comes_as_one_generator_draws_it_ahead_or_not() -> None:
+    generator = torch.Generator().manual_seed(5)
+    expected = [torch.randn(SHAPE, generator=generator) for _ in range(5)]
+    for num_ahead in (0, 1, 3, 9):
+        noise = NoiseSource(5, SHAPE, 4)
+        assert torch.equal(noise.initial, expected[0])
+        for tensor in expected[1:]:
+            noise.draw_ahead(num_ahead)
+            assert torch.equal(noise.take(), tensor)
+
+
+def test_no_more_noise_is_drawn_ahead_than_will_be_taken() -> None:
+    noise = NoiseSource(5, SHAPE, 2)
+    state = noise.generator.get_state()
+    noise.take()
+    noise.take()
+    after = noise.generator.get_state()
+    noise.draw_ahead(4)
+    assert torch.equal(noise.generator.get_state(), after)
+    assert not torch.equal(state, after)
+
+
+def test_drawing_ahead_in_another_thread_changes_nothing() -> None:
+    expected = NoiseSource(9, SHAPE, 200)
+    noise = NoiseSource(9, SHAPE, 200)
+    is_done = threading.Event()
+
+    def draw() -> None:
+        while not is_done.is_set():
+            noise.draw_ahead(3)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    taken = [noise.take() for _ in range(200)]
+    is_done.set()
+    thread.join()
+    assert all(torch.equal(tensor, expected.take()) for tensor in taken)
+
+
+def test_rows_survive_a_pool_that_grows_and_shrinks(model: DiffusionModel) -> None:
+    store, chance = _store(model), random.Random(0)
+    held: list[Resident] = []
+    sizes = set()
+    for target in (20, 3, 33, 1, 12):
+        while len(held) < target:
+            held.append(_add(store, len(sizes) * 1000 + len(held) + 1))
+        chance.shuffle(held)
+        while len(held) > target:
+            assert store.release(held.pop().request_id)
+        for resident in held:
+            _assert_intact(resident)
+        assert len({resident.row for resident in held}) == len(held)
+        pool = held[0].pool
+        assert len(pool.latents) <= max(4 * len(held), 2)
+        sizes.add(len(pool.latents))
+    assert len(sizes) > 3
+
+
+def test_each_batch_key_has_its_pool_and_empty_pools_go(model: DiffusionModel) -> None:
+    store = _store(model)
+    first = _add(store, 1)
+    second = _add(store, 2, replace(KEY, latent_width=12))
+    assert first.pool is not second.pool
+    assert second.pool.latents.shape[1:] == (4, 8, 12)
+    old_pool = first.pool
+    store.release("r1")
+    _add(store, 3, replace(KEY, latent_height=4))
+    assert _add(store, 4).pool is not old_pool
+
+
+def test_a_full_store_refuses_and_stays_as_it_is(model: DiffusionModel) -> None:
+    store = _store(model, max_requests=2)
+    held = [_add(store, 1), _add(store, 2)]
+    with pytest.raises(OverloadedError):
+        _add(store, 3)
+    for resident in held:
+        _assert_intact(resident)
+    store.release("r1")
+    _add(store, 3)
+
+
+def test_another_attempts_release_changes_nothing(model: DiffusionModel) -> None:
+    store = _store(model)
+    resident = _add(store, 1)
+    assert not store.release("r1", "1-2")
+    assert store.get("r1", "1-1") is resident
+    assert store.get("r1", "1-2") is None
+    assert store.release("r1", "1-1")
+    assert not store.release("r1", "1-1")
