@@ -9,12 +9,13 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import aiohttp
 import torch
+import typer
 
-from bench.report import print_last_line, spread, write_report
+from bench.report import spread, write_report
 from cli.private_stack import private_stack
 from cli.stack import EMBEDDED_MODEL
 from services.unet_worker.denoiser import Denoiser, FinishedLatents
@@ -146,11 +147,14 @@ async def _run_stack(url: str, requests: Sequence[ImageParameters]) -> tuple[flo
         return duration, (await _busy_s(session) - busy_before) / duration
 
 
-def loop(seed: int = 0, quick: bool = False) -> None:
+def run(
+    seed: int = 0,
+    quick: Annotated[bool, typer.Option(help="Less certain, under 50 s.")] = False,
+) -> dict[str, float]:
     """Throughput of the whole stack with a standing backlog over that of a bare loop.
 
     Both make the same pictures in slots of the same size with the decodes between them
-    (`continuous-serial`), alternating. Last line: `busy_fraction` (share of the time in which the
+    (`continuous-serial`), alternating. Returns: `busy_fraction` (share of the time in which the
     stack's compute threads run slots and decodes), `stack_to_bare_ratio` (throughputs).
     """
     num_rounds, num_requests = (2, 12) if quick else (5, 40)
@@ -180,9 +184,7 @@ def loop(seed: int = 0, quick: bool = False) -> None:
             "busy_fraction": busy_fraction,
         },
     )
-    print_last_line(
-        {
-            "busy_fraction": round(busy_fraction["median"], 4),
-            "stack_to_bare_ratio": round(ratio["median"], 4),
-        }
-    )
+    return {
+        "busy_fraction": round(busy_fraction["median"], 4),
+        "stack_to_bare_ratio": round(ratio["median"], 4),
+    }

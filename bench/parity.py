@@ -9,16 +9,17 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import aiohttp
 import diffusers
 import numpy as np
 import numpy.typing as npt
 import torch
+import typer
 from PIL import Image
 
-from bench.report import print_last_line, spread, write_report
+from bench.report import spread, write_report
 from cli.private_stack import private_stack
 from cli.stack import EMBEDDED_MODEL
 from services.unet_worker.denoiser import Denoiser
@@ -155,10 +156,13 @@ def _bfloat16_psnr_db(reference: Reference, cases: Sequence[Case]) -> list[float
     return values
 
 
-def parity(seed: int = 0, quick: bool = False) -> None:
+def run(
+    seed: int = 0,
+    quick: Annotated[bool, typer.Option(help="Less certain, under 50 s.")] = False,
+) -> dict[str, float]:
     """Random requests over all samplers and sizes, arriving at random moments, against diffusers.
 
-    Last line: `requests`; `max_diff_8bit`, the largest difference of any channel of any pixel to
+    Returns: `requests`; `max_diff_8bit`, the largest difference of any channel of any pixel to
     `StableDiffusionPipeline`'s picture; `neighbours_max_diff_8bit`, the same between a request
     among others and alone; `bf16_psnr_db`, median PSNR of bfloat16 against float32.
     """
@@ -195,11 +199,9 @@ def parity(seed: int = 0, quick: bool = False) -> None:
             "bf16_psnr_db": psnr_db,
         },
     )
-    print_last_line(
-        {
-            "requests": count,
-            "max_diff_8bit": max(differences),
-            "neighbours_max_diff_8bit": max(neighbours),
-            "bf16_psnr_db": round(spread(psnr_db)["median"], 2),
-        }
-    )
+    return {
+        "requests": count,
+        "max_diff_8bit": max(differences),
+        "neighbours_max_diff_8bit": max(neighbours),
+        "bf16_psnr_db": round(spread(psnr_db)["median"], 2),
+    }

@@ -35,16 +35,12 @@ def write_report(name: str, report: Mapping[str, Any]) -> Path:
     """Write `reports/NAME.json`, with the machine and commit it was taken at."""
     REPORTS.mkdir(exist_ok=True)
     path = REPORTS / f"{name}.json"
-    path.write_text(json.dumps({**report, "measured_on": _machine()}, indent=2) + "\n")
+    path.write_text(json.dumps({**report, "measured_on": machine()}, indent=2) + "\n")
     return path
 
 
-def print_last_line(keys: Mapping[str, Any]) -> None:
-    """The benchmark's result as one line of JSON."""
-    print(json.dumps(dict(keys)), flush=True)
-
-
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """The machine and the commit that a figure was taken at."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607 - whichever git is there
         capture_output=True,

@@ -46,6 +46,13 @@ app.command()(doctor)
 app.add_typer(bench, name="bench")
 add_lazy_command(
     app,
+    name="profile",
+    target="bench.profiler:profile",
+    summary="Measure what this device can do with a model.",
+    missing="a plot needs: pip install 'synerdiff[dev]'",
+)
+add_lazy_command(
+    app,
     name="train-emoji",
     target="cli.train_emoji:train_emoji",
     summary="Train the embedded model again, from nothing.",
