@@ -12,6 +12,7 @@ import torch
 from redis.asyncio import Redis
 
 from services.unet_worker.denoiser import Denoiser, FinishedLatents, SlotResult
+from services.unet_worker.isolation import run_isolated
 from services.unet_worker.model import DiffusionModel, load_model
 from services.unet_worker.samplers import DEFAULT_SAMPLER
 from shared import codec, keys, metrics
@@ -244,10 +245,15 @@ class UnetWorkerService:
             self._pool.set_running_seq(slot.seq)
         start = time.perf_counter()
         result, _ = await asyncio.gather(
-            self._compute.run(partial(self._denoiser.run, slot.rows), threads=slot.threads),
+            self._compute.run(
+                partial(run_isolated, self._denoiser.run, slot.rows), threads=slot.threads
+            ),
             asyncio.to_thread(self._denoiser.draw_ahead),
         )
         duration = time.perf_counter() - start
+        for failure in result.failures:
+            log.warning("failed in a slot", request_id=failure.request_id, reason=failure.reason)
+            self._denoiser.release(failure.request_id, failure.attempt)
         self._observe(result, duration)
         self._link.post(
             SlotDenoised(

@@ -11,10 +11,10 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from scheduler_world import World, make_request
 
 from services.scheduler.policies import MAX_SLOTS_IN_FLIGHT
 from services.scheduler.state import Stage
-from scheduler_world import World, make_request
 
 
 class SchedulerMachine(RuleBasedStateMachine):
