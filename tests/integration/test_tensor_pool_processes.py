@@ -18,7 +18,7 @@ from shared.errors import HandleLostError
 from shared.pool_file import sweep
 from shared.tensor_pool import TensorPool, TensorReader
 
-NUM_RACES = 500
+NUM_RACES = 300
 Start = Callable[..., tuple[ForkServerProcess, Connection]]
 
 

@@ -166,7 +166,7 @@ class GpuPoolMachine(PoolMachine):
         assert "offered" not in self.gpu.exports, "each export is opened or taken back"
 
 
-QUICK = settings(max_examples=30, stateful_step_count=40, deadline=None)
+QUICK = settings(max_examples=20, stateful_step_count=40, deadline=None)
 TestPoolInSharedMemory = PoolMachine.TestCase
 TestPoolInSharedMemory.settings = QUICK
 TestPoolOnGpu = GpuPoolMachine.TestCase

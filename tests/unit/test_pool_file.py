@@ -121,11 +121,23 @@ def test_a_name_of_no_pool_is_lost(directory: Path, name: str) -> None:
         open_pool_file(name, host="here", directory=directory)
 
 
-@pytest.mark.parametrize("damage", ["half made", "cut", "empty", "fifo", "renamed"])
-def test_a_file_that_is_not_whole_and_ours_is_lost(directory: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("half made", "no tensor pool"),
+        ("cut", "doesn't fit"),
+        ("empty", "none of our pools"),
+        ("fifo", "none of our pools"),
+        ("renamed", "another owner"),
+    ],
+)
+def test_a_file_that_is_not_whole_and_ours_is_lost(
+    directory: Path, damage: str, reason: str
+) -> None:
     owned = create_pool_file("unet-1", LAYOUT, host="here", directory=directory)
-    path = directory / "synerdiff-unet-2"
     whole = owned.file.path.read_bytes()
+    owned.close()
+    path = directory / "synerdiff-unet-1"
     match damage:
         case "half made":
             path.write_bytes(bytes(8) + whole[8:])
@@ -137,12 +149,12 @@ def test_a_file_that_is_not_whole_and_ours_is_lost(directory: Path, damage: str)
             os.mkfifo(path)
             descriptor = os.open(path, os.O_RDWR)  # or opening it would wait for a writer
         case "renamed":
+            path = directory / "synerdiff-unet-2"
             path.write_bytes(whole)
-    with pytest.raises(HandleLostError):
+    with pytest.raises(HandleLostError, match=reason):
         open_pool_file(path.name, host="here", directory=directory)
     if damage == "fifo":
         os.close(descriptor)
-    owned.close()
 
 
 def test_a_link_to_a_pool_is_lost(directory: Path) -> None:
