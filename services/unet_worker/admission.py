@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 
-from services.unet_worker.guidance import SKIP_LEVELS
 from services.unet_worker.latents import BatchKey, Conditions
 from services.unet_worker.model import DiffusionModel, ModelFacts
 from services.unet_worker.text_encoder import PromptEmbedding, TextEncoder
@@ -16,7 +16,13 @@ from shared.messages import ImageParameters
 _MIN_SEED, _MAX_SEED = -(2**63), 2**64 - 1  # what torch.Generator.manual_seed takes
 
 
-def check_parameters(parameters: ImageParameters, facts: ModelFacts, *, max_side: int) -> None:
+def check_parameters(
+    parameters: ImageParameters,
+    facts: ModelFacts,
+    *,
+    max_side: int,
+    skip_levels: Collection[str],
+) -> None:
     """Refuse what this model can't do; samplers and steps are checked by `Samplers`.
 
     Raises:
@@ -39,11 +45,11 @@ def check_parameters(parameters: ImageParameters, facts: ModelFacts, *, max_side
             field="seed",
             allowed=f"{_MIN_SEED} to {_MAX_SEED}",
         )
-    if parameters.guidance_skip not in SKIP_LEVELS:
+    if parameters.guidance_skip not in skip_levels:
         raise InvalidRequestError(
             f"unknown guidance_skip {parameters.guidance_skip!r}.",
             field="guidance_skip",
-            allowed=", ".join(SKIP_LEVELS),
+            allowed=", ".join(skip_levels),
         )
 
 

@@ -13,14 +13,14 @@ All methods belong on one thread, the compute thread, except `draw_ahead`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from services.unet_worker import measure
 from services.unet_worker.admission import batch_key, check_parameters, is_guided, make_conditions
-from services.unet_worker.guidance import SKIP_LEVELS
+from services.unet_worker.guidance import SKIP_LEVELS, SkipParameters
 from services.unet_worker.latents import BatchKey, LatentStore, NoiseSource, Resident, ResumeState
 from services.unet_worker.model import DiffusionModel
 from services.unet_worker.samplers import Samplers
@@ -77,6 +77,7 @@ class Denoiser:
         max_requests: Held at once.
         max_side: Pixels of a picture's longer side.
         max_steps: Cap on `num_inference_steps`.
+        skip_levels: What a request's `guidance_skip` may be.
     """
 
     def __init__(
@@ -86,9 +87,11 @@ class Denoiser:
         max_requests: int = 64,
         max_side: int = 1024,
         max_steps: int = 150,
+        skip_levels: Mapping[str, SkipParameters | None] = SKIP_LEVELS,
     ) -> None:
         self._model = model
         self._max_side = max_side
+        self._skip_levels = skip_levels
         self.samplers = Samplers(model.pipeline.scheduler, device=model.device, max_steps=max_steps)
         self.text_encoder = TextEncoder(model.pipeline, device=model.device)
         self._store = LatentStore(
@@ -221,7 +224,7 @@ class Denoiser:
 
     def _add(self, request_id: str, attempt: str, parameters: ImageParameters) -> Resident:
         model, facts = self._model, self._model.facts
-        check_parameters(parameters, facts, max_side=self._max_side)
+        check_parameters(parameters, facts, max_side=self._max_side, skip_levels=self._skip_levels)
         table = self.samplers.table(parameters.sampler, parameters.num_inference_steps)
         conditions, warnings = make_conditions(parameters, model, self.text_encoder)
         key = batch_key(parameters, facts)
@@ -234,7 +237,7 @@ class Denoiser:
             warnings=warnings,
             table=table,
             is_guided=guided,
-            skip_parameters=SKIP_LEVELS[parameters.guidance_skip] if may_skip else None,
+            skip_parameters=self._skip_levels[parameters.guidance_skip] if may_skip else None,
             noise=NoiseSource(
                 parameters.seed,
                 (1, facts.latent_channels, key.latent_height, key.latent_width),

@@ -124,9 +124,9 @@ class Slot:
         for i, scheduler, own_timestep in self._own_schedulers():
             try:
                 stepped[i : i + 1] = scheduler.step(
-                    noise_pred[i : i + 1],
+                    noise_pred[i : i + 1].clone(),  # it may keep them, but not the whole batch
                     own_timestep,
-                    latents[i : i + 1],
+                    latents[i : i + 1].clone(),
                     **step_arguments(scheduler, residents[i].noise.generator),
                     return_dict=False,
                 )[0]

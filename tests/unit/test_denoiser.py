@@ -19,7 +19,12 @@ from denoising import (
 )
 
 from services.unet_worker.denoiser import Denoiser
-from services.unet_worker.guidance import SKIP_LEVELS, GuidanceRecord, extrapolation_weight
+from services.unet_worker.guidance import (
+    SKIP_LEVELS,
+    GuidanceRecord,
+    SkipParameters,
+    extrapolation_weight,
+)
 from services.unet_worker.model import load_model
 from services.unet_worker.samplers import SAMPLERS
 from shared.errors import InvalidRequestError, OverloadedError, ProtocolError
@@ -57,6 +62,11 @@ def _row(
 def _run_steps(denoiser: Denoiser, request_id: str, num_steps: int) -> None:
     for _ in range(num_steps):
         denoiser.run(next_rows(denoiser, [request_id]))
+
+
+def _psnr(latents: torch.Tensor, expected: torch.Tensor) -> float:
+    error = (latents - expected).pow(2).mean()
+    return float(10 * torch.log10((expected.max() - expected.min()) ** 2 / error))
 
 
 # --- which rows run ------------------------------------------------------------------------------
@@ -393,9 +403,40 @@ def test_a_bfloat16_picture_is_close_to_the_float32_one(
     half = Denoiser(load_model(tiny_model_folder, device="cpu", dtype="bfloat16"))
     latents = denoise_alone(half, request).latents
     assert latents.dtype == torch.float32
-    error = (latents - expected).pow(2).mean()
-    psnr = 10 * torch.log10((expected.max() - expected.min()) ** 2 / error)
-    assert psnr > 30
+    assert _psnr(latents, expected) > 30
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "least_psnr"), [("float32", 50), ("float16", 40)])
+def test_a_gpu_makes_the_cpus_pictures(
+    denoiser: Denoiser, tiny_model_folder: Path, dtype: Any, least_psnr: float
+) -> None:
+    on_gpu = Denoiser(load_model(tiny_model_folder, device="cuda", dtype=dtype))
+    requests = {
+        sampler: parameters(
+            sampler=sampler, num_inference_steps=8, guidance_skip="balanced", **SMALL
+        )
+        for sampler in [*SAMPLERS, "PNDMScheduler"]
+    }
+    for sampler, request in requests.items():
+        on_gpu.admit(sampler, ATTEMPT, request)
+    finished = denoise_held(on_gpu)
+    for sampler, request in requests.items():
+        latents = finished[sampler].latents
+        assert latents.device.type == "cuda"
+        assert _psnr(latents.cpu(), denoise_alone(denoiser, request).latents) > least_psnr
+
+
+def test_levels_of_skipping_can_be_set_for_a_sweep(denoiser: Denoiser) -> None:
+    every_other = SkipParameters(
+        warm_up=0.0, first_gap=0.17, gap_growth=0.0, max_gap=0.17, max_error=1e9
+    )
+    swept = Denoiser(denoiser._model, skip_levels={"every other": every_other})
+    request = parameters(guidance_skip="every other", num_inference_steps=12, **SMALL)
+    assert denoise_alone(swept, request, skip=True).skipped_steps == (2, 4, 6, 8, 10)
+    with pytest.raises(InvalidRequestError, match="every other"):
+        swept.admit("a", ATTEMPT, parameters(guidance_skip="fast"))
 
 
 def test_measuring_gives_milliseconds_by_rows(denoiser: Denoiser) -> None:
