@@ -127,9 +127,10 @@ class Upsample:
     enlarges: ClassVar[int] = 2
     name: str
     module: Any
+    conv: nn.Conv2d
 
     def whole(self, features: Tensor) -> Tensor:
-        """The whole map by the library's module."""
+        """The whole map by the library's module, which `conv` is a part of."""
         result: Tensor = self.module(features)
         return result
 
@@ -139,7 +140,7 @@ class Upsample:
         """Output rows first to end (exclusive); the enlarged map exists for these rows only."""
         assert statistics is None
         window = upsampled_rows(source, first - CONV_HALO, end + CONV_HALO)
-        return convolve_rows(self.module.conv, window)
+        return convolve_rows(self.conv, window)
 
     def first_source_row(self, row: int) -> int:
         """The uppermost input row that output row `row` reads."""
@@ -147,13 +148,12 @@ class Upsample:
 
     def cost(self, pixels: int, itemsize: int) -> float:
         """Estimated cost in operations for `pixels` output pixels of one sample."""
-        conv = self.module.conv
-        channels = 2 * conv.in_channels + conv.out_channels
-        return _conv_flops(conv, pixels) + FLOPS_PER_BYTE * channels * pixels * itemsize
+        channels = 2 * self.conv.in_channels + self.conv.out_channels
+        return _conv_flops(self.conv, pixels) + FLOPS_PER_BYTE * channels * pixels * itemsize
 
     def row_elements(self, width: int) -> int:
         """Elements of the wider of input and output in one output row."""
-        return max(self.module.conv.in_channels, self.module.conv.out_channels) * width
+        return max(self.conv.in_channels, self.conv.out_channels) * width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -162,6 +162,7 @@ class Attention:
 
     enlarges: ClassVar[int] = 1
     name: str
+    channels: int
     module: Any
 
     def whole(self, features: Tensor) -> Tensor:
@@ -171,14 +172,12 @@ class Attention:
 
     def cost(self, pixels: int, itemsize: int) -> float:
         """Estimated cost in operations for `pixels` output pixels of one sample."""
-        channels = self.module.to_q.in_features
-        flops = 8.0 * channels * channels * pixels + 4.0 * channels * pixels * pixels
-        return flops + FLOPS_PER_BYTE * 10 * channels * pixels * itemsize
+        flops = 8.0 * self.channels * self.channels * pixels + 4.0 * self.channels * pixels * pixels
+        return flops + FLOPS_PER_BYTE * 10 * self.channels * pixels * itemsize
 
     def row_elements(self, width: int) -> int:
         """Elements of the wider of input and output in one output row."""
-        channels: int = self.module.to_q.in_features
-        return channels * width
+        return self.channels * width
 
 
 Strippable = NormConv | Upsample
@@ -206,7 +205,7 @@ def read_stages(vae: Any) -> list[Stage]:
         zip(middle.attentions, middle.resnets[1:], strict=True)
     ):
         if attention is not None:
-            stages.append(Attention(name=f"mid_block.attentions.{index}", module=attention))
+            stages.append(_attention(f"mid_block.attentions.{index}", attention))
         stages += _resnet_stages(f"mid_block.resnets.{index + 1}", resnet)
     for index, block in enumerate(decoder.up_blocks):
         stages += _up_block_stages(f"up_blocks.{index}", block)
@@ -232,11 +231,16 @@ def _up_block_stages(name: str, block: Any) -> list[Stage]:
     for index, resnet in enumerate(block.resnets):
         stages += _resnet_stages(f"{name}.resnets.{index}", resnet)
         if kind == "AttnUpDecoderBlock2D":
-            attention = block.attentions[index]
-            stages.append(Attention(name=f"{name}.attentions.{index}", module=attention))
+            stages.append(_attention(f"{name}.attentions.{index}", block.attentions[index]))
     for index, upsampler in enumerate(block.upsamplers or ()):
-        stages.append(Upsample(name=f"{name}.upsamplers.{index}", module=upsampler))
+        stages.append(
+            Upsample(name=f"{name}.upsamplers.{index}", module=upsampler, conv=upsampler.conv)
+        )
     return stages
+
+
+def _attention(name: str, module: Any) -> Attention:
+    return Attention(name=name, channels=module.to_q.in_features, module=module)
 
 
 def _resnet_stages(name: str, resnet: Any) -> list[Stage]:

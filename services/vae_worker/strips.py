@@ -9,7 +9,7 @@ strip (`FeatureMap.rows` gathers them), and a GroupNorm needs the mean and varia
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 CONV_HALO = 1
 """Rows that a 3x3 convolution of stride 1 needs above and below its output."""
 
@@ -41,11 +42,12 @@ def strip_moments(strip: Tensor) -> Moments:
     times faster than `torch.var_mean` on channels_last memory. It also updates running statistics;
     the ones passed here only make it return float32 for a half-precision strip.
     """
-    dtype = torch.promote_types(strip.dtype, torch.float32)
-    scratch = torch.zeros(2, strip.shape[1], dtype=dtype, device=strip.device)
+    running = None
+    if strip.dtype in HALF_PRECISION:
+        running = torch.zeros(strip.shape[1], dtype=torch.float32, device=strip.device)
     per_sample = [
-        torch.batch_norm_update_stats(sample, scratch[0], scratch[1], 0.0)
-        for sample in strip.split(1)
+        torch.batch_norm_update_stats(strip[index : index + 1], running, running, 0.0)
+        for index in range(strip.shape[0])
     ]
     return Moments(
         mean=torch.stack([mean for mean, _ in per_sample]),
@@ -116,20 +118,20 @@ class FeatureMap:
         if with_moments:
             self._moments.append(strip_moments(strip))
 
-    def parts(self, first: int, end: int) -> Iterator[tuple[int, Tensor]]:
-        """Views that hold rows first to end (exclusive), each with its first row's index."""
-        for top, strip in self._strips:
-            if top < end and first < top + strip.shape[2]:
-                yield max(first, top), strip[:, :, max(first - top, 0) : end - top]
-
     def rows(self, first: int, end: int) -> Tensor:
         """Rows first to end (exclusive), zeros beyond the map's edges.
 
         A view where one strip holds them all, else a copy.
         """
-        parts = [part for _, part in self.parts(first, end)]
-        zero_row = torch.zeros_like(parts[0][:, :, :1])
-        parts = [zero_row] * -min(first, 0) + parts + [zero_row] * max(end - self._height, 0)
+        parts = [
+            strip[:, :, max(first - top, 0) : end - top]
+            for top, strip in self._strips
+            if top < end and first < top + strip.shape[2]
+        ]
+        if first < 0:
+            parts.insert(0, torch.zeros_like(parts[0][:, :, first:]))
+        if end > self._height:
+            parts.append(torch.zeros_like(parts[-1][:, :, self._height - end :]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def whole(self) -> Tensor:
@@ -161,10 +163,15 @@ def normalise(strip: Tensor, norm: nn.GroupNorm, statistics: GroupStatistics) ->
     weight = None if norm.weight is None else norm.weight.to(dtype)
     bias = None if norm.bias is None else norm.bias.to(dtype)
     samples = [
-        functional.batch_norm(sample, mean, variance, weight, bias, eps=norm.eps)
-        for sample, mean, variance in zip(
-            strip.split(1), statistics.mean, statistics.variance, strict=True
+        functional.batch_norm(
+            strip[index : index + 1],
+            statistics.mean[index],
+            statistics.variance[index],
+            weight,
+            bias,
+            eps=norm.eps,
         )
+        for index in range(strip.shape[0])
     ]
     return samples[0] if len(samples) == 1 else torch.cat(samples)
 
@@ -187,22 +194,12 @@ def normalised_rows(
     activation: Any,
 ) -> Tensor:
     """Rows first to end (exclusive) of `activation(norm(map))`, zeros beyond the map's edges."""
-    window: Tensor | None = None
-    for top, part in source.parts(first, end):
-        if window is None:
-            window = part.new_empty(0)
-            window = torch.empty_like(part[:, :, :1].expand(-1, -1, end - first, -1), memory_format=_memory_format(part))
-        window[:, :, top - first : top - first + part.shape[2]] = normalise(part, norm, statistics)
-    assert window is not None
-    window = activate(activation, window)
-    window[:, :, : max(-first, 0)] = 0.0
-    window[:, :, source.height - first :] = 0.0
+    window = activate(activation, normalise(source.rows(first, end), norm, statistics))
+    if first < 0:
+        window[:, :, :-first] = 0.0
+    if end > source.height:
+        window[:, :, source.height - end :] = 0.0
     return window
-
-
-def _memory_format(strip: Tensor) -> torch.memory_format:
-    is_last = strip.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if is_last else torch.contiguous_format
 
 
 def upsampled_rows(source: FeatureMap, first: int, end: int) -> Tensor:
