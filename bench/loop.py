@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import multiprocessing
 import os
 import random
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any
 
 import aiohttp
@@ -16,6 +20,7 @@ import torch
 import typer
 
 from bench.report import spread, write_report
+from bench.side_by_side import WORKER_ENVIRONMENT, child_environment
 from cli.private_stack import private_stack
 from cli.stack import EMBEDDED_MODEL
 from services.unet_worker.denoiser import Denoiser, FinishedLatents
@@ -64,9 +69,10 @@ def make_requests(count: int, *, size: tuple[int, int], seed: int) -> list[Image
 
 
 class BareLoop:
-    """Denoiser, decoder and image encoder in this process, with nothing between them."""
+    """Denoiser, decoder and image encoder in one process, with nothing between them."""
 
     def __init__(self) -> None:
+        torch.set_num_threads(available_threads())
         self._model = load_model(EMBEDDED_MODEL)
         self._decoder = load_decoder(EMBEDDED_MODEL)
         facts = self._model.facts
@@ -110,6 +116,27 @@ class BareLoop:
             except StopIteration as end:
                 encode_image(end.value, parameters=parameters)
                 return
+
+
+@cache
+def _bare_loop() -> BareLoop:
+    """This process's one; it lives in a process started as a worker is."""
+    return BareLoop()
+
+
+def _bare_size() -> tuple[int, int]:
+    return _bare_loop().size
+
+
+def _run_bare(requests: Sequence[ImageParameters]) -> float:
+    return _bare_loop().run(requests)
+
+
+@contextlib.contextmanager
+def _bare_process() -> Iterator[ProcessPoolExecutor]:
+    context = multiprocessing.get_context("spawn")
+    with child_environment(WORKER_ENVIRONMENT), ProcessPoolExecutor(1, context) as process:
+        yield process
 
 
 def _body(parameters: ImageParameters) -> dict[str, Any]:
@@ -159,15 +186,14 @@ def run(
     """
     num_rounds, num_requests = (2, 12) if quick else (5, 40)
     os.environ["SYNERDIFF_MAX_ROWS"] = str(MAX_ROWS)
-    torch.set_num_threads(available_threads())
-    bare = BareLoop()
     rounds: list[Round] = []
-    with private_stack("--policy", "continuous-serial") as url:
+    with _bare_process() as bare, private_stack("--policy", "continuous-serial") as url:
+        size = bare.submit(_bare_size).result()
         for number in range(-1, num_rounds):
             count = num_requests if number >= 0 else 4
-            requests = make_requests(count, size=bare.size, seed=seed + number + 1)
+            requests = make_requests(count, size=size, seed=seed + number + 1)
             stack_s, busy = asyncio.run(_run_stack(url, requests))
-            bare_s = bare.run(requests)
+            bare_s = bare.submit(_run_bare, requests).result()
             if number >= 0:  # the first warms both up
                 rounds.append(Round(stack_s=stack_s, bare_s=bare_s, busy_fraction=busy))
                 print(f"round {number + 1}: stack {stack_s:.2f} s, bare {bare_s:.2f} s")

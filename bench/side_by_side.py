@@ -119,7 +119,7 @@ def running_pair(
     start, chunks_done = context.Barrier(2), context.Event()
     ends = []
     processes = []
-    with _environment(WORKER_ENVIRONMENT if environment is None else environment):
+    with child_environment(WORKER_ENVIRONMENT if environment is None else environment):
         for side in (_unet_side, _vae_side):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -141,7 +141,8 @@ def running_pair(
 
 
 @contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def child_environment(values: dict[str, str]) -> Iterator[None]:
+    """Processes started meanwhile have these environment variables."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -162,6 +162,15 @@ def rebuild_arguments(export: CudaExport, device_index: int) -> dict[str, Any]:
     }
 
 
+def gpu_ipc(device: torch.device) -> TorchIpc | None:
+    """What shares a device's memory; None on a CPU, whose pools lie in shared memory.
+
+    Raises:
+        ConfigurationError: The allocator is set to expandable segments.
+    """
+    return TorchIpc(device) if device.type == "cuda" else None
+
+
 def gpu_uuid(device: torch.device) -> str:
     """The GPU's UUID, which is the same in every process, unlike its ordinal."""
     properties: Any = torch.cuda.get_device_properties(device)

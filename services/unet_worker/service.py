@@ -16,6 +16,7 @@ from services.unet_worker.isolation import run_isolated
 from services.unet_worker.model import DiffusionModel, load_model
 from services.unet_worker.samplers import DEFAULT_SAMPLER
 from shared import codec, keys, metrics
+from shared.cuda_ipc import gpu_ipc
 from shared.errors import SynerDiffError
 from shared.logs import get_logger
 from shared.messages import (
@@ -112,6 +113,7 @@ class UnetWorkerService:
                 num_slots=settings.pool_slots,
                 slot_bytes=settings.pool_slot_kb << 10,
                 timeout_s=settings.latents_ttl_s,
+                ipc=gpu_ipc(model.device),
             )
         place = find_place(
             model.device,
@@ -279,15 +281,17 @@ class UnetWorkerService:
     def _hand_over_waiting(self, group: asyncio.TaskGroup) -> None:
         """Hand finished latents over as far as the pool has room; the rest waits."""
         while self._unpublished:
-            slot = self._pool.acquire() if self._pool else None
-            if self._pool and slot is None:
-                return
+            slot = None
+            if self._pool and self._unpublished[0].latents.nbytes <= self._pool.slot_bytes:
+                slot = self._pool.acquire()
+                if slot is None:
+                    return
             group.create_task(self._hand_over(self._unpublished.popleft(), slot))
 
     async def _hand_over(self, finished: FinishedLatents, slot: int | None) -> None:
         latents = finished.latents
         inline_key = ""
-        if latents.nbytes <= self._settings.inline_copy_kb << 10:
+        if slot is None or latents.nbytes <= self._settings.inline_copy_kb << 10:
             inline_key = keys.latents(finished.request_id, finished.attempt)
         if self._pool and slot is not None:
             handle = await asyncio.to_thread(

@@ -17,6 +17,7 @@ from services.vae_worker.chunked_decoder import ChunkPlan, Granularity, decode_c
 from services.vae_worker.image_encoder import encode_image
 from services.vae_worker.model import Decoder, load_decoder
 from shared import metrics
+from shared.cuda_ipc import gpu_ipc
 from shared.errors import HandleLostError, SynerDiffError
 from shared.logs import get_logger
 from shared.messages import (
@@ -79,7 +80,7 @@ class VaeWorkerService:
         )
         self._records = Records(redis, settings.retention)
         self._compute = ComputeThread(self._threads)
-        self._reader = TensorReader()
+        self._reader: TensorReader
         self._decoder: Decoder
         self._plans: dict[tuple[int, int], ChunkPlan] = {}
         self._decodes: dict[str, Decode] = {}
@@ -110,6 +111,7 @@ class VaeWorkerService:
         """Load the VAE and measure a decode of the default size; runs in the compute thread."""
         settings = self._settings
         self._decoder = load_decoder(settings.model, device=settings.device, dtype=settings.dtype)
+        self._reader = TensorReader(ipc=gpu_ipc(self._decoder.device))
         config: Any = self._decoder.vae.config
         size = self._decoder.default_size
         latents = torch.zeros(1, config.latent_channels, *size, device=self._decoder.device)
