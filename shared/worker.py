@@ -18,6 +18,7 @@ import torch
 from redis.asyncio import Redis
 
 from shared import codec, keys
+from shared.cuda_ipc import gpu_uuid
 from shared.host import device_identity, host_identity
 from shared.messages import Message, WorkerInfo, WorkerLost, WorkerRegistered
 from shared.streams import MAX_BLOCK_MS, Streams, script
@@ -41,7 +42,7 @@ def find_place(device: torch.device, *, device_group: str = "", shares_host: boo
     or one GPU. shares_host: False keeps to the inline transport by sharing a host with nobody.
     """
     host = host_identity()
-    uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    uuid = gpu_uuid(device) if device.type == "cuda" else ""
     boot_id = host.partition(".")[0]
     return Place(
         host=host if shares_host else f"{host}-{socket.gethostname()}-{os.getpid()}",
