@@ -80,8 +80,9 @@ class RowReport:
 
     has_run: whether the forward was done. next_step_index: the step the worker holds now, -1 if it
     does not hold this attempt (after its last forward it no longer does). was_skipped: the guidance
-    was extrapolated. can_skip: the request's next guided step may be skipped. skip_error: relative
-    error of the extrapolated guidance at the last full step, 0 where not measured.
+    was extrapolated. can_skip: the request's next guided step may be skipped; skip_steps: so may so
+    many steps in a row from that one on. skip_error: relative error of the extrapolated guidance at
+    the last full step, 0 where not measured.
     """
 
     request_id: str
@@ -90,6 +91,7 @@ class RowReport:
     next_step_index: int
     was_skipped: bool = False
     can_skip: bool = False
+    skip_steps: int = 0
     skip_error: float = 0.0
 
 
@@ -264,7 +266,7 @@ class LatentsFinished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunksDecoded:
-    """A decode has come so far. duration_ms: of the chunks since the last report."""
+    """A decode has come so far: one report per grant. duration_ms: of the chunks since the last."""
 
     incarnation: str
     request_id: str
@@ -376,13 +378,20 @@ class DecodeLatents:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrantChunks:
-    """More chunks for a decode may run, on so many threads (0: the library's default)."""
+    """More chunks for a decode may run, on so many threads (0: the library's default).
+
+    beside_seq: they begin when every slot before that one is over on the UNet worker whose tensor
+    pool is `pool`, as the pool's header tells; 0 for at once. Where the header can't be read, or
+    after a while, they begin at once, too.
+    """
 
     epoch: int
     request_id: str
     attempt: str
     chunks: int
     threads: int
+    beside_seq: int = 0
+    pool: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

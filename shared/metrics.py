@@ -44,6 +44,12 @@ SLOTS = Counter("synerdiff_slots", "Slots sent to UNet workers, by kind", ["kind
 REDELIVERIES = Counter(
     "synerdiff_redeliveries", "Requests given a new attempt, by what made it necessary", ["reason"]
 )
+THRESHOLD = Gauge(
+    "synerdiff_threshold",
+    "The UNet's share of the speed it has alone that decodes leave it, by device",
+    ["device_group"],
+    multiprocess_mode="mostrecent",
+)
 WORKERS = Gauge(
     "synerdiff_workers", "Registered workers by kind", ["kind"], multiprocess_mode="mostrecent"
 )

@@ -16,7 +16,14 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from shared.errors import ConfigurationError
 from shared.records import Retention
 
-PolicyName = Literal["continuous-serial", "continuous-parallel"]
+PolicyName = Literal[
+    "static",
+    "dynamic",
+    "continuous-serial",
+    "continuous-parallel",
+    "continuous-parallel-naive",
+    "synerdiff",
+]
 
 
 class ServiceSettings(BaseSettings):
@@ -65,9 +72,24 @@ class GatewaySettings(ServiceSettings):
 
 
 class SchedulerSettings(ServiceSettings):
-    """max_rows: cap on a slot, 0 leaves it to the profile. max_attempts: before giving up."""
+    """max_rows: cap on a slot, 0 leaves it to the profile. max_attempts: before giving up.
+
+    profiles: a profile's file, or a folder of them; none are needed. policy_*: parts of the policy
+    that can be switched off, one by one (chunking, planning and feedback are synerdiff's;
+    policy_skip is every policy's, unset it is on for synerdiff alone). threshold_*: where the
+    threshold begins and how low it may go. max_decode_wait_s: a decode that has waited so long is
+    granted whatever the threshold says.
+    """
 
     policy: PolicyName = "continuous-parallel"
+    policy_chunking: bool = True
+    policy_skip: bool | None = None
+    policy_planning: bool = True
+    policy_feedback: bool = True
+    threshold_first: float = Field(0.8, gt=0, le=1)
+    threshold_min: float = Field(0.2, gt=0, le=1)
+    max_decode_wait_s: float = Field(3.0, gt=0)
+    profiles: Path = Path("profiles")
     max_rows: int = Field(0, ge=0)
     max_attempts: int = Field(5, ge=1)
     recovery_s: float = Field(3.0, gt=0)

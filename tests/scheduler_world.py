@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from services.scheduler.commands import BeginAttempt, FailRequest, ForgetWorker, Send
+from services.scheduler.commands import BeginAttempt, Command, FailRequest, ForgetWorker, Send
 from services.scheduler.core import Core, CoreSettings
 from services.scheduler.events import Event, RequestRecovered, Tick
-from services.scheduler.policies import make_policy
+from services.scheduler.policies import PolicyOptions, make_policy
+from services.scheduler.profile import Profile
 from shared import messages
 
 MODEL = messages.ModelInfo(
@@ -38,6 +39,9 @@ def make_request(
     side: int = 64,
     priority: int = 0,
     submitted_at: float = 0.0,
+    guidance_skip: str = "off",
+    deadline_ms: int = 0,
+    owner: str = "",
 ) -> messages.GenerateImage:
     parameters = messages.ImageParameters(
         prompt=request_id,
@@ -48,7 +52,7 @@ def make_request(
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         sampler="ddim",
-        guidance_skip="off",
+        guidance_skip=guidance_skip,
         output_format="png",
         output_compression=100,
         model="m",
@@ -56,9 +60,9 @@ def make_request(
     return messages.GenerateImage(
         request_id=request_id,
         job_id=request_id,
-        owner="",
+        owner=owner,
         priority=priority,
-        deadline_ms=0,
+        deadline_ms=deadline_ms,
         submitted_at=submitted_at,
         parameters=parameters,
     )
@@ -95,15 +99,25 @@ class FakeUnet:
 
 
 @dataclass
+class FakeDecode:
+    command: messages.DecodeLatents
+    granted: int = 0
+    done: int = 0
+
+
+@dataclass
 class FakeVae:
     info: messages.WorkerInfo
-    decodes: dict[str, tuple[messages.DecodeLatents, int]] = field(default_factory=dict)
+    decodes: dict[str, FakeDecode] = field(default_factory=dict)
     epoch: int = 0
 
 
 @dataclass
 class World:
     policy: str = "continuous-parallel"
+    options: PolicyOptions = field(default_factory=PolicyOptions)
+    profiles: tuple[Profile, ...] = ()
+    drift: float = 1.0
     now: float = 0.0
     epoch: int = 0
     unets: dict[str, FakeUnet] = field(default_factory=dict)
@@ -115,6 +129,8 @@ class World:
     ran: set[tuple[str, str, int]] = field(default_factory=set)
     num_incarnations: int = 0
     num_latents: int = 0
+    log: list[tuple[Event, float, list[Command]]] = field(default_factory=list)
+    began_at: float = 0.0
 
     def __post_init__(self) -> None:
         self.restart_scheduler()
@@ -124,12 +140,9 @@ class World:
     def restart_scheduler(self) -> None:
         self.epoch += 1_000
         self.mail.clear()
-        self.core = Core(
-            epoch=self.epoch,
-            policy=make_policy(self.policy, max_rows=0),
-            settings=CoreSettings(max_attempts=50, recovery_s=3.0),
-            now=self.now,
-        )
+        self.log.clear()
+        self.began_at = self.now
+        self.core = self._make_core()
         for request_id, request in list(self.open_requests.items()):
             tokens = self.attempts.get(request_id, [])
             self.feed(
@@ -141,6 +154,20 @@ class World:
             )
         for worker in [*self.unets.values(), *self.vaes.values()]:
             self.feed(messages.WorkerRegistered(worker=worker.info))
+
+    def _make_core(self) -> Core:
+        return Core(
+            epoch=self.epoch,
+            policy=make_policy(self.policy, self.options),
+            settings=CoreSettings(max_attempts=50, recovery_s=3.0, profiles=self.profiles),
+            now=self.began_at,
+        )
+
+    def replay(self) -> None:
+        """The same events give another core the same commands."""
+        other = self._make_core()
+        for event, now, commands in self.log:
+            assert other.on_event(event, now) == commands
 
     def submit(self, request: messages.GenerateImage) -> None:
         self.open_requests[request.request_id] = request
@@ -161,7 +188,9 @@ class World:
         self.feed(Tick())
 
     def feed(self, event: Event) -> None:
-        for command in self.core.on_event(event, self.now):
+        commands = self.core.on_event(event, self.now)
+        self.log.append((event, self.now, commands))
+        for command in commands:
             match command:
                 case BeginAttempt(request_id=request_id, attempt=attempt):
                     self.attempts.setdefault(request_id, []).append(attempt)
@@ -272,12 +301,19 @@ class World:
                 if step == total:
                     done.append((row.request_id, attempt))
             is_held = attempt == row.attempt and step < total
+            # Every other step of a guided request may be skipped, after the first two.
+            skips = has_run and row.skip and guided and row.step_index % 2 == 0 < row.step_index
+            can_skip = is_held and guided and step % 2 == 0 < step
             reports.append(
                 messages.RowReport(
                     request_id=row.request_id,
                     attempt=row.attempt,
                     has_run=has_run,
                     next_step_index=step if is_held else -1,
+                    was_skipped=skips,
+                    can_skip=can_skip,
+                    skip_steps=int(can_skip),
+                    skip_error=0.2 if guided else 0.0,
                 )
             )
         self.mail.append(
@@ -285,7 +321,7 @@ class World:
                 incarnation=incarnation,
                 epoch=slot.epoch,
                 seq=slot.seq,
-                duration_ms=10.0,
+                duration_ms=10.0 * self.drift,
                 rows=tuple(reports),
             )
         )
@@ -314,22 +350,39 @@ class World:
                 vae.epoch = epoch
                 vae.decodes.clear()
             case messages.DecodeLatents() if message.epoch >= vae.epoch:
-                vae.decodes[message.request_id] = (message, 0)
+                vae.decodes[message.request_id] = FakeDecode(message)
             case messages.GrantChunks() if message.epoch >= vae.epoch:
                 known = vae.decodes.get(message.request_id)
-                if known and known[0].attempt == message.attempt:
-                    vae.decodes[message.request_id] = (known[0], known[1] + message.chunks)
+                if known and known.command.attempt == message.attempt:
+                    known.granted += message.chunks
+                    assert known.granted <= vae.info.num_chunks
             case messages.CancelDecode(request_id=request_id, attempt=attempt):
                 known = vae.decodes.get(request_id)
-                if known and known[0].attempt == attempt:
+                if known and known.command.attempt == attempt:
                     del vae.decodes[request_id]
 
     def decodable(self, incarnation: str) -> list[str]:
         vae = self.vaes[incarnation]
-        return [name for name, (_, granted) in vae.decodes.items() if granted >= 4]
+        return [name for name, decode in vae.decodes.items() if decode.granted > decode.done]
 
     def decode(self, incarnation: str, request_id: str) -> None:
-        command, _ = self.vaes[incarnation].decodes.pop(request_id)
+        """Run the chunks that are granted; the last one commits."""
+        decode = self.vaes[incarnation].decodes[request_id]
+        command = decode.command
+        num_run = decode.granted - decode.done
+        decode.done = decode.granted
+        self.mail.append(
+            messages.ChunksDecoded(
+                incarnation=incarnation,
+                request_id=request_id,
+                attempt=command.attempt,
+                chunks_done=decode.done,
+                duration_ms=5.0 * num_run * self.drift,
+            )
+        )
+        if decode.done < self.vaes[incarnation].info.num_chunks:
+            return
+        del self.vaes[incarnation].decodes[request_id]
         producer = self.unets.get(command.handle.owner)
         if producer is None or command.handle.slot not in producer.finished:
             self.mail.append(

@@ -1,7 +1,7 @@
 """The scheduler's pure core: events in, commands out, the clock passed in.
 
-It owns all state changes. Each handler settles one fact; after every event `_schedule` admits
-waiting requests, hands finished latents to VAE workers, and asks the policy for slots and grants.
+Each handler settles one fact; after every event `dispatch` admits waiting requests, hands finished
+latents to VAE workers, and asks the policy for slots and grants.
 Nothing here trusts a message to arrive once or in order: what does not fit the current attempt,
 step or slot changes nothing.
 """
@@ -9,40 +9,37 @@ step or slot changes nothing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import singledispatchmethod
 
 from services.scheduler.commands import (
-    BeginAttempt,
     Command,
     FailRequest,
     ForgetWorker,
-    Lane,
-    ReportProgress,
     RestartRequest,
-    Send,
 )
+from services.scheduler.corrections import note_chunks, note_slot
+from services.scheduler.dispatch import Dispatch
 from services.scheduler.events import Event, RequestRecovered, Tick
-from services.scheduler.policies import Decode, GroupView, Policy, by_urgency
-from services.scheduler.profile import StepProfile
-from services.scheduler.state import Request, SlotInFlight, Stage, UnetWorker, VaeWorker
-from shared import keys, messages
-from shared.messages import RequestProgress, WorkerInfo
-
-DECODES_PER_WORKER = 2
-"""At a VAE worker at once: one decodes, the next has arrived already."""
-
-ADMISSION_FACTOR = 2
-"""Resident rows may reach this many knees, so that a full slot never waits for a prompt."""
+from services.scheduler.outbox import Outbox
+from services.scheduler.policy import Policy
+from services.scheduler.profile import Profile, matching_profile, profile_in_short
+from services.scheduler.state import Request, Stage, UnetWorker, VaeWorker
+from shared import messages
+from shared.messages import WorkerInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreSettings:
-    """max_attempts: a request that needs more fails. recovery_s: for workers to announce."""
+    """max_attempts: a request that needs more fails. recovery_s: for workers to announce.
+
+    profiles: as measured ahead; workers that none was made for are profiled in short.
+    """
 
     max_attempts: int = 5
     recovery_s: float = 3.0
+    profiles: tuple[Profile, ...] = ()
 
 
 class Core:
@@ -64,19 +61,32 @@ class Core:
         self._settings = settings
         self._recovers_until = now + settings.recovery_s
         self._is_recovering = True
-        self._next_seq = epoch
-        self._next_attempt = 1
-        self._commands: list[Command] = []
+        self._now = now
+        self._outbox = Outbox(epoch)
+        self._dispatch = Dispatch(
+            self.requests, self.unets, self.vaes, policy=policy, outbox=self._outbox
+        )
 
     def on_event(self, event: Event, now: float) -> list[Command]:
         """What is to be done about an event, in order."""
-        self._commands = []
+        self._now = now
         self._handle(event)
         if self._is_recovering:
             self._end_recovery_when_due(now)
         if not self._is_recovering:
-            self._schedule(now)
-        return self._commands
+            self._dispatch.run(now)
+        return self._outbox.take()
+
+    def on_events(self, events: Sequence[Event], now: float) -> list[Command]:
+        """The same for events that have come together: all facts first, then one plan."""
+        self._now = now
+        for event in events:
+            self._handle(event)
+            if self._is_recovering:
+                self._end_recovery_when_due(now)
+        if not self._is_recovering:
+            self._dispatch.run(now)
+        return self._outbox.take()
 
     def count_stages(self) -> Counter[str]:
         """Open requests by stage."""
@@ -84,7 +94,7 @@ class Core:
 
     def queue_order(self, now: float) -> list[str]:
         """Ids of the waiting requests, the next to be admitted first."""
-        return [request.request_id for request in self._waiting(now)]
+        return [request.request_id for request in self._dispatch.waiting(now)]
 
     # --- facts ----------------------------------------------------------------------------------
 
@@ -98,8 +108,11 @@ class Core:
 
     @_handle.register
     def _on_generate(self, event: messages.GenerateImage) -> None:
-        if event.request_id not in self.requests:
-            self.requests[event.request_id] = Request(request=event, stage=Stage.WAITING)
+        if event.request_id in self.requests:
+            return
+        request = Request(request=event, stage=Stage.WAITING)
+        if not self._dispatch.refuse_hopeless(request, self._now):
+            self.requests[event.request_id] = request
 
     @_handle.register
     def _on_recovered(self, event: RequestRecovered) -> None:
@@ -123,11 +136,24 @@ class Core:
             if (known.worker_id, known.kind) == (info.worker_id, info.kind):
                 self._lose_worker(known.incarnation, forgets=known.incarnation != info.incarnation)
         if info.kind == "unet":
-            profile = StepProfile(step_ms=info.step_ms)
-            self.unets[info.incarnation] = UnetWorker(info=info, profile=profile)
+            self.unets[info.incarnation] = UnetWorker(
+                info=info,
+                profile=profile_in_short(info, ()),
+                threshold=self._policy.first_threshold(),
+            )
         else:
             self.vaes[info.incarnation] = VaeWorker(info=info)
-        self._send(info.incarnation, "control", messages.BeginEpoch(epoch=self.epoch))
+        self._choose_profiles(info.device_group)
+        begin = messages.BeginEpoch(epoch=self.epoch)
+        self._outbox.send(info.incarnation, "control", begin)
+
+    def _choose_profiles(self, device_group: str) -> None:
+        """The profiles of a device's UNet workers, now that who shares it has changed."""
+        beside = [v.info for v in self.vaes.values() if v.info.device_group == device_group]
+        for unet in self.unets.values():
+            if unet.info.device_group == device_group:
+                measured = matching_profile(self._settings.profiles, unet.info)
+                unet.profile = measured or profile_in_short(unet.info, beside)
 
     @_handle.register
     def _on_lost(self, event: messages.WorkerLost) -> None:
@@ -152,14 +178,13 @@ class Core:
                 self._make_resident(request, event.incarnation, held.num_forwards, held.is_guided)
                 request.next_step = request.done_step = held.step_index
             elif not self._is_current(held.request_id, held.attempt):
-                self._release(event.incarnation, held.request_id, held.attempt)
+                self._outbox.release(event.incarnation, held.request_id, held.attempt)
         for latents in event.finished:
             request = self._recovering(latents.request_id, latents.attempt)
             if request:
-                request.latents = latents
-                request.move_to(Stage.LATENTS)
+                self._have_latents(request, latents)
             elif not self._is_current(latents.request_id, latents.attempt):
-                self._release_latents(latents)
+                self._outbox.release_latents(latents)
 
     @_handle.register
     def _on_admitted(self, event: messages.RequestAdmitted) -> None:
@@ -169,13 +194,14 @@ class Core:
         request.move_to(Stage.DENOISING)
         self._make_resident(request, event.incarnation, event.num_forwards, event.is_guided)
         request.warnings = event.warnings
-        self._report([request])
+        self._outbox.report([request])
 
     @_handle.register
     def _on_slot(self, event: messages.SlotDenoised) -> None:
         unet = self.unets.get(event.incarnation)
         if unet is None or not any(slot.seq == event.seq for slot in unet.slots):
             return
+        note_slot(unet, event, self.requests)
         self._close_slots(unet, event.seq)
         for failure in event.failures:
             self._fail(failure.request_id, failure.attempt, failure.code, failure.reason)
@@ -190,11 +216,16 @@ class Core:
                 continue
             # A row that ran and is not held any more was the request's last.
             request.done_step = report.next_step_index if is_held else request.num_forwards
-            request.can_skip = report.can_skip
+            request.skip_steps = report.skip_steps if report.can_skip else 0
+            request.skip_error = report.skip_error or request.skip_error
+            request.num_skipped += report.was_skipped
+            request.has_skipped_before |= report.was_skipped
             if not request.slots_in_flight:
                 request.next_step = request.done_step
+                request.is_skip_in_flight = False
             moved.append(request)
-        self._report(moved)
+        self._outbox.report(moved)
+        self._dispatch.adjust_threshold(unet, self._now)
 
     def _close_slots(self, unet: UnetWorker, seq: int) -> None:
         """The slot `seq` is over, and so is any before it."""
@@ -209,17 +240,26 @@ class Core:
         request = self._current(event.request_id, event.attempt, Stage.DENOISING, Stage.RECOVERING)
         if request is None:
             if not self._is_current(event.request_id, event.attempt):
-                self._release_latents(event)
+                self._outbox.release_latents(event)
             return
+        self._have_latents(request, event)
+        self._outbox.report([request])
+
+    def _have_latents(self, request: Request, latents: messages.LatentsFinished) -> None:
+        request.latents = latents
+        request.latents_at = self._now
         request.move_to(Stage.LATENTS)
-        request.latents = event
-        self._report([request])
 
     @_handle.register
     def _on_chunks(self, event: messages.ChunksDecoded) -> None:
         request = self._current(event.request_id, event.attempt, Stage.DECODING)
         if request and request.vae == event.incarnation:
-            request.done_chunks = event.chunks_done
+            note_chunks(request, event, self._unets_beside(event.incarnation))
+            request.done_chunks = max(request.done_chunks, event.chunks_done)
+
+    def _unets_beside(self, vae: str) -> list[UnetWorker]:
+        group = self.vaes[vae].info.device_group if vae in self.vaes else ""
+        return [unet for unet in self.unets.values() if unet.info.device_group == group]
 
     @_handle.register
     def _on_decoded(self, event: messages.ImageDecoded) -> None:
@@ -236,169 +276,6 @@ class Core:
     def _on_failed(self, event: messages.RequestFailed) -> None:
         self._fail(event.request_id, event.attempt, event.code, event.reason)
 
-    # --- scheduling -----------------------------------------------------------------------------
-
-    def _schedule(self, now: float) -> None:
-        self._admit_waiting(now)
-        self._assign_decodes()
-        for unet in self.unets.values():
-            self._plan(unet, now)
-        self._grant_off_device()
-
-    def _waiting(self, now: float) -> list[Request]:
-        waiting = (r for r in self.requests.values() if r.stage is Stage.WAITING)
-        return by_urgency(waiting, now)
-
-    def _admit_waiting(self, now: float) -> None:
-        resident: Counter[str] = Counter()
-        rows: Counter[str] = Counter()
-        for request in self.requests.values():
-            if request.stage in {Stage.ENCODING, Stage.DENOISING}:
-                resident[request.unet] += 1
-                rows[request.unet] += request.rows
-        for request in self._waiting(now):
-            room = [
-                unet
-                for name, unet in self.unets.items()
-                if not unet.is_draining
-                and resident[name] < unet.info.max_requests
-                and rows[name] < ADMISSION_FACTOR * max(2, unet.profile.knee)
-                and unet.info.model_id == request.request.parameters.model
-            ]
-            if not room:
-                continue
-            unet = min(
-                room,
-                key=lambda unet: (
-                    rows[unet.info.incarnation] / unet.profile.knee,
-                    unet.info.incarnation,
-                ),
-            )
-            name = unet.info.incarnation
-            self._admit(request, unet)
-            resident[name] += 1
-            rows[name] += request.rows
-
-    def _admit(self, request: Request, unet: UnetWorker) -> None:
-        request.move_to(Stage.ENCODING)
-        request.attempt = f"{self.epoch}-{self._next_attempt}"
-        request.num_attempts += 1
-        self._next_attempt += 1
-        request.unet = unet.info.incarnation
-        self._commands.append(BeginAttempt(request_id=request.request_id, attempt=request.attempt))
-        admit = messages.AdmitRequest(
-            epoch=self.epoch,
-            request_id=request.request_id,
-            attempt=request.attempt,
-            parameters=request.request.parameters,
-        )
-        self._send(request.unet, "control", admit)
-
-    def _assign_decodes(self) -> None:
-        for request in self.requests.values():
-            if request.stage is not Stage.LATENTS:
-                continue
-            room = [
-                vae
-                for vae in self.vaes.values()
-                if not vae.is_draining
-                and len(vae.decodes) < DECODES_PER_WORKER
-                and vae.info.model_id == request.request.parameters.model
-            ]
-            if not room:
-                continue
-            busy_groups = {unet.info.device_group for unet in self.unets.values()}
-            vae = min(
-                room,
-                key=lambda vae: (
-                    len(vae.decodes),
-                    vae.info.device_group in busy_groups,
-                    vae.info.incarnation,
-                ),
-            )
-            self._assign(request, vae)
-
-    def _assign(self, request: Request, vae: VaeWorker) -> None:
-        assert request.latents is not None
-        request.move_to(Stage.DECODING)
-        request.vae = vae.info.incarnation
-        request.granted_chunks = request.done_chunks = 0
-        vae.decodes.append(request.request_id)
-        owner = request.latents.handle.owner
-        decode = messages.DecodeLatents(
-            epoch=self.epoch,
-            request_id=request.request_id,
-            attempt=request.attempt,
-            handle=request.latents.handle,
-            parameters=request.request.parameters,
-            skipped_steps=request.latents.skipped_steps,
-            warnings=request.warnings,
-            release_to=keys.control(owner),
-        )
-        self._send(request.vae, "work", decode)
-
-    def _plan(self, unet: UnetWorker, now: float) -> None:
-        while True:
-            plan = self._policy.plan(self._view(unet, now))
-            for grant in plan.grants:
-                self._grant(grant.request_id, grant.chunks, grant.threads)
-            if plan.rows:
-                self._send_slot(unet, plan.rows, plan.kind, plan.threads)
-            if not plan.rows:
-                return
-
-    def _view(self, unet: UnetWorker, now: float) -> GroupView:
-        group = unet.info.device_group
-        return GroupView(
-            unet=unet,
-            requests=[r for r in self.requests.values() if r.unet == unet.info.incarnation],
-            decodes=[
-                Decode(request=self.requests[request_id], num_chunks=vae.info.num_chunks)
-                for vae in self.vaes.values()
-                if vae.info.device_group == group
-                for request_id in vae.decodes
-            ],
-            now=now,
-        )
-
-    def _send_slot(
-        self, unet: UnetWorker, rows: tuple[messages.SlotRow, ...], kind: str, threads: int
-    ) -> None:
-        self._next_seq += 1
-        unet.num_slots += 1
-        unet.slots.append(SlotInFlight(seq=self._next_seq, kind=kind, rows=rows))
-        for row in rows:
-            request = self.requests[row.request_id]
-            request.next_step += 1
-            request.slots_in_flight += 1
-            unet.turns[request.batch_key] = unet.num_slots
-        slot = messages.DenoiseSlot(
-            epoch=self.epoch, seq=self._next_seq, kind=kind, threads=threads, rows=rows
-        )
-        self._send(unet.info.incarnation, "work", slot)
-
-    def _grant(self, request_id: str, chunks: int, threads: int) -> None:
-        request = self.requests[request_id]
-        request.granted_chunks += chunks
-        grant = messages.GrantChunks(
-            epoch=self.epoch,
-            request_id=request_id,
-            attempt=request.attempt,
-            chunks=chunks,
-            threads=threads,
-        )
-        self._send(request.vae, "work", grant)
-
-    def _grant_off_device(self) -> None:
-        busy_groups = {unet.info.device_group for unet in self.unets.values()}
-        for vae in self.vaes.values():
-            if vae.info.device_group in busy_groups:
-                continue
-            for request_id in vae.decodes:
-                missing = vae.info.num_chunks - self.requests[request_id].granted_chunks
-                if missing > 0:
-                    self._grant(request_id, missing, vae.info.threads)
-
     # --- recovery and loss ----------------------------------------------------------------------
 
     def _end_recovery_when_due(self, now: float) -> None:
@@ -411,7 +288,7 @@ class Core:
         self._is_recovering = False
         for request in recovering:
             if request.latents:
-                request.move_to(Stage.LATENTS)
+                self._have_latents(request, request.latents)
             else:
                 self._restart(request, "not held by any worker")
 
@@ -426,9 +303,11 @@ class Core:
         for request_id in vae.decodes if vae else ():
             request = self.requests[request_id]
             request.move_to(Stage.LATENTS)
-            request.vae = ""
+            request.forget_decode()
+        if vae:
+            self._choose_profiles(vae.info.device_group)
         if forgets:
-            self._commands.append(ForgetWorker(incarnation=incarnation))
+            self._outbox.add(ForgetWorker(incarnation=incarnation))
 
     def _requests_on(self, unet: str) -> list[Request]:
         at_unet = {Stage.ENCODING, Stage.DENOISING}
@@ -444,19 +323,15 @@ class Core:
                 code="too_many_attempts",
                 reason=f"given up after {request.num_attempts} attempts; the last: {reason}",
             )
-            self._commands.append(failure)
+            self._outbox.add(failure)
             return
-        self._commands.append(RestartRequest(request_id=request.request_id, reason=reason))
-        request.move_to(Stage.WAITING)
-        request.unet = request.vae = request.attempt = ""
-        request.latents = None
-        request.next_step = request.done_step = request.slots_in_flight = 0
-        request.granted_chunks = request.done_chunks = 0
+        self._outbox.add(RestartRequest(request_id=request.request_id, reason=reason))
+        request.start_over()
 
     def _fail(self, request_id: str, attempt: str, code: str, reason: str) -> None:
         if self._current(request_id, attempt):
             self._drop(request_id)
-            self._commands.append(FailRequest(request_id=request_id, code=code, reason=reason))
+            self._outbox.add(FailRequest(request_id=request_id, code=code, reason=reason))
 
     def _drop(self, request_id: str, *, committed_by: str = "") -> None:
         """The request is final: free whatever workers still hold of it."""
@@ -468,7 +343,7 @@ class Core:
 
     def _leave_workers(self, request: Request, *, committed_by: str = "") -> None:
         if request.unet in self.unets and request.stage in {Stage.ENCODING, Stage.DENOISING}:
-            self._release(request.unet, request.request_id, request.attempt)
+            self._outbox.release(request.unet, request.request_id, request.attempt)
         vae = self.vaes.get(request.vae)
         if vae and request.request_id in vae.decodes:
             vae.decodes.remove(request.request_id)
@@ -476,9 +351,9 @@ class Core:
                 cancel = messages.CancelDecode(
                     epoch=self.epoch, request_id=request.request_id, attempt=request.attempt
                 )
-                self._send(request.vae, "control", cancel)
+                self._outbox.send(request.vae, "control", cancel)
         if request.latents and not committed_by:
-            self._release_latents(request.latents)
+            self._outbox.release_latents(request.latents)
 
     # --- small things ---------------------------------------------------------------------------
 
@@ -502,28 +377,3 @@ class Core:
         return [unet.info for unet in self.unets.values()] + [
             vae.info for vae in self.vaes.values()
         ]
-
-    def _send(self, incarnation: str, lane: Lane, message: messages.Message) -> None:
-        self._commands.append(Send(incarnation=incarnation, lane=lane, message=message))
-
-    def _release(self, unet: str, request_id: str, attempt: str) -> None:
-        release = messages.ReleaseRequest(epoch=self.epoch, request_id=request_id, attempt=attempt)
-        self._send(unet, "control", release)
-
-    def _release_latents(self, latents: messages.LatentsFinished) -> None:
-        handle = latents.handle
-        release = messages.ReleaseLatents(slot=handle.slot, generation=handle.generation)
-        self._send(handle.owner, "control", release)
-
-    def _report(self, requests: Iterable[Request]) -> None:
-        items = tuple(
-            RequestProgress(
-                request_id=request.request_id,
-                state=request.stage.value,
-                step=request.done_step,
-                num_steps=request.num_forwards,
-            )
-            for request in requests
-        )
-        if items:
-            self._commands.append(ReportProgress(items=items))

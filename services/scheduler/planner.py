@@ -18,6 +18,7 @@ sequence keeps the budget, the one of all the shortest options does and a plan i
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -118,10 +119,11 @@ class Model:
         most = sum(max(option.chunks for option in stage) for stage in stages)
         reach = min(total, most)
         ends = list(accumulate(problem.remaining))
-        unfinished = tuple(sum(end > done for end in ends) for done in range(reach + 1))
+        finished = [bisect_right(ends, done) for done in range(reach + 1)]
+        behind = list(accumulate(reversed(ends), initial=0))
+        unfinished = tuple(len(ends) - count for count in finished)
         tail = tuple(
-            problem.tail_ms * sum(end - done for end in ends if end > done)
-            for done in range(reach + 1)
+            problem.tail_ms * (behind[left] - left * done) for done, left in enumerate(unfinished)
         )
         return cls(
             stages=tuple(stages),

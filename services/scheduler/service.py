@@ -19,6 +19,7 @@ from services.scheduler.commands import (
     RestartRequest,
     Send,
 )
+from services.scheduler.configuration import load_profiles, policy_options
 from services.scheduler.core import Core, CoreSettings
 from services.scheduler.events import RequestRecovered, Tick
 from services.scheduler.policies import make_policy
@@ -66,6 +67,7 @@ class SchedulerService:
         self._settings = settings
         self._streams = Streams(redis)
         self._records = Records(redis, settings.retention)
+        self._profiles = load_profiles(settings.profiles)
         self._token = uuid.uuid4().hex
         self._run_id = ""
         self._core: Core
@@ -120,9 +122,11 @@ class SchedulerService:
         await self._redis.xtrim(keys.SCHEDULER, maxlen=0, approximate=False)
         self._core = Core(
             epoch=epoch,
-            policy=make_policy(self._settings.policy, max_rows=self._settings.max_rows),
+            policy=make_policy(self._settings.policy, policy_options(self._settings)),
             settings=CoreSettings(
-                max_attempts=self._settings.max_attempts, recovery_s=self._settings.recovery_s
+                max_attempts=self._settings.max_attempts,
+                recovery_s=self._settings.recovery_s,
+                profiles=self._profiles,
             ),
             now=time.time(),
         )
@@ -245,11 +249,17 @@ class SchedulerService:
             metrics.REQUESTS.labels(state=stage).set(stages[stage])
         metrics.WORKERS.labels(kind="unet").set(len(self._core.unets))
         metrics.WORKERS.labels(kind="vae").set(len(self._core.vaes))
+        for unet in self._core.unets.values():
+            metrics.THRESHOLD.labels(device_group=unet.info.device_group).set(unet.threshold.value)
         status = {
             "epoch": self._core.epoch,
             "policy": self._settings.policy,
             "stages": dict(stages),
             "queue": self._core.queue_order(now),
+            "theta": {
+                name: round(unet.threshold.value, 3) for name, unet in self._core.unets.items()
+            },
+            "profiles": {name: unet.profile.source for name, unet in self._core.unets.items()},
             "unet_workers": len(self._core.unets),
             "vae_workers": len(self._core.vaes),
         }

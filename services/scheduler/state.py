@@ -1,6 +1,6 @@
 """What the scheduler knows: requests, workers, and the legal moves of a request between stages.
 
-All of the scheduler's domain state is here, and only `core` changes it.
+All of the scheduler's domain state is here, and only `core` and what it is made of change it.
 """
 
 from __future__ import annotations
@@ -8,8 +8,12 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
+from math import inf
+from typing import NamedTuple
 
-from services.scheduler.profile import StepProfile
+from services.scheduler.drift import Drift
+from services.scheduler.profile import Profile, SlotKind, make_key
+from services.scheduler.threshold import Threshold
 from shared.errors import IllegalTransitionError
 from shared.messages import GenerateImage, LatentsFinished, SlotRow, WorkerInfo
 
@@ -41,18 +45,35 @@ TRANSITIONS: dict[Stage, frozenset[Stage]] = {
 }
 
 
+class BatchKey(NamedTuple):
+    """What requests must share to share a forward; height and width in pixels."""
+
+    model: str
+    height: int
+    width: int
+
+    @property
+    def size(self) -> str:
+        """The profile's key."""
+        return make_key(self.height, self.width)
+
+
 @dataclass(slots=True, kw_only=True)
 class Request:
     """One open request.
 
     attempt: the current token, empty before the first. next_step: the forward to schedule next,
     counting those in flight as done. done_step: the forward its worker is known to hold.
-    slots_in_flight: slots that carry a row of it and are not reported yet. granted_chunks,
-    done_chunks: of its decode.
+    slots_in_flight: slots that carry a row of it and are not reported yet. skip_steps: steps in a
+    row from done_step on that its worker allows to be skipped; skip_error: how far the guidance
+    was off when last measured; num_skipped: so far. granted_chunks, done_chunks: of its decode;
+    has_gap: its last grant has the device to itself, and slots wait for it. latents_at: when its
+    latents were there.
     """
 
     request: GenerateImage
     stage: Stage
+    batch_key: BatchKey = field(init=False)
     attempt: str = ""
     num_attempts: int = 0
     unet: str = ""
@@ -61,12 +82,23 @@ class Request:
     next_step: int = 0
     done_step: int = 0
     slots_in_flight: int = 0
-    can_skip: bool = False
+    skip_steps: int = 0
+    skip_error: float = 0.0
+    num_skipped: int = 0
+    is_skip_in_flight: bool = False
+    has_skipped_before: bool = False
     latents: LatentsFinished | None = None
+    latents_at: float = 0.0
     vae: str = ""
     granted_chunks: int = 0
     done_chunks: int = 0
+    has_gap: bool = False
     warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Name what it may share a forward with, once: it is asked for at every event."""
+        parameters = self.request.parameters
+        self.batch_key = BatchKey(parameters.model, parameters.height, parameters.width)
 
     @property
     def request_id(self) -> str:
@@ -79,15 +111,22 @@ class Request:
         return 2 if self.is_guided else 1
 
     @property
-    def batch_key(self) -> tuple[str, int, int]:
-        """What requests must share to share a forward: model, height, width."""
-        parameters = self.request.parameters
-        return (parameters.model, parameters.height, parameters.width)
-
-    @property
     def has_forwards_left(self) -> bool:
         """Whether there is a forward that no slot in flight covers."""
         return self.stage is Stage.DENOISING and self.next_step < self.num_forwards
+
+    @property
+    def expected_forwards(self) -> int:
+        """How many forwards are ahead of it, by its parameters until its worker has told."""
+        if self.stage is Stage.DENOISING:
+            return self.num_forwards - self.done_step
+        return self.request.parameters.num_inference_steps
+
+    @property
+    def deadline_at(self) -> float:
+        """When it should be done; infinity for whenever."""
+        deadline_ms = self.request.deadline_ms
+        return self.request.submitted_at + deadline_ms / 1000 if deadline_ms > 0 else inf
 
     def move_to(self, stage: Stage) -> None:
         """Change the stage.
@@ -101,14 +140,50 @@ class Request:
             )
         self.stage = stage
 
+    def start_over(self) -> None:
+        """Forget the attempt: nothing of it is anywhere."""
+        self.move_to(Stage.WAITING)
+        self.unet = self.vae = self.attempt = ""
+        self.latents = None
+        self.next_step = self.done_step = self.slots_in_flight = 0
+        self.skip_steps = self.num_skipped = 0
+        self.is_skip_in_flight = self.has_skipped_before = False
+        self.forget_decode()
+
+    def forget_decode(self) -> None:
+        """No chunk of it is granted or done."""
+        self.vae = ""
+        self.granted_chunks = self.done_chunks = 0
+        self.has_gap = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What a plan promised. Times are of the window: slots planned and the last ones behind them.
+
+    theta: the threshold in force. planned_ms: slots and gaps. alone_ms: the same steps alone and
+    unskipped. is_feasible: whether any plan keeps planned_ms <= alone_ms / theta; is_forced: an
+    overdue decode was granted regardless.
+    """
+
+    theta: float
+    planned_ms: float
+    alone_ms: float
+    is_feasible: bool
+    is_forced: bool
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotInFlight:
-    """A slot that was sent and not reported. kind: "alone" or "beside"."""
+    """A slot that was sent and not reported. kind: the profile's, None where none is known.
+
+    planned_ms: as promised, with the gap ahead of it. alone_ms: the same steps alone, unskipped.
+    """
 
     seq: int
-    kind: str
     rows: tuple[SlotRow, ...]
+    key: BatchKey
+    kind: SlotKind | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -116,12 +191,17 @@ class UnetWorker:
     """A UNet worker: what it said of itself, and what it has been sent.
 
     slots: in flight, oldest first. turns: when a batch key had its last slot, by slot number.
+    ledger: (ms planned, ms alone) of the last slots, for the window behind.
     """
 
     info: WorkerInfo
-    profile: StepProfile
+    profile: Profile
+    threshold: Threshold
+    drift: Drift = field(default_factory=Drift)
     slots: deque[SlotInFlight] = field(default_factory=deque)
-    turns: dict[tuple[str, int, int], int] = field(default_factory=dict)
+    turns: dict[BatchKey, int] = field(default_factory=dict)
+    ledger: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=8))
+    outlook: Outlook | None = None
     num_slots: int = 0
     is_draining: bool = False
     is_announced: bool = False

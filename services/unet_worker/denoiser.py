@@ -150,7 +150,7 @@ class Denoiser:
         runs in full. A request whose latents are no longer finite fails alone.
 
         Raises:
-            torch.OutOfMemoryError: In the UNet; nothing has changed, fewer rows may fit.
+            torch.OutOfMemoryError: No request has gone on; fewer rows may fit.
         """
         chosen = self._choose(rows)
         if not chosen:
@@ -284,6 +284,7 @@ class Denoiser:
             next_step_index=next_step_index,
             was_skipped=outcome.is_skipped,
             can_skip=held is not None and held.can_skip,
+            skip_steps=held.skip_steps if held is not None else 0,
             skip_error=outcome.skip_error or 0.0,
         )
 

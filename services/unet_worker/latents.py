@@ -14,7 +14,12 @@ from typing import Any
 import torch
 
 from services.unet_worker.coefficients import COLUMNS, CoefficientTable
-from services.unet_worker.guidance import GuidanceRecord, SkipParameters, can_skip
+from services.unet_worker.guidance import (
+    GuidanceRecord,
+    SkipParameters,
+    can_skip,
+    num_skippable,
+)
 from services.unet_worker.model import DiffusionModel
 from shared.errors import OverloadedError, ProtocolError
 from shared.messages import ImageParameters
@@ -86,14 +91,20 @@ class NoiseSource:
         self.num_taken = 0
         self.initial = self._draw()
 
-    def take(self) -> torch.Tensor:
-        """The next tensor of noise, drawn now unless it was drawn ahead."""
+    def peek(self) -> torch.Tensor:
+        """The next tensor of noise, drawn now unless it was drawn ahead; `drop` goes on."""
         with self._lock:
+            if not self._drawn:
+                self._num_undrawn -= 1
+                self._drawn.append(self._draw())
+            return self._drawn[0]
+
+    def drop(self) -> None:
+        """Be done with the tensor that `peek` gives."""
+        self.peek()
+        with self._lock:
+            self._drawn.popleft()
             self.num_taken += 1
-            if self._drawn:
-                return self._drawn.popleft()
-            self._num_undrawn -= 1
-            return self._draw()
 
     def draw_ahead(self, num_tensors: int) -> None:
         """Have up to `num_tensors` ready."""
@@ -143,6 +154,16 @@ class Resident:
             self.skip_parameters, self.guidance, self.step_index, num_steps
         )
 
+    @property
+    def skip_steps(self) -> int:
+        """How many steps in a row, from the next one on, may do without their negative row."""
+        if not self.can_skip or self.skip_parameters is None:
+            return 0
+        num_steps = self.table.num_forwards
+        allowed = num_skippable(self.skip_parameters, self.guidance, num_steps)
+        since_full = self.step_index - self.guidance.full_steps[-1]
+        return min(allowed - since_full + 1, num_steps - self.step_index)
+
     def advance(self, *, is_skipped: bool, skip_error: float | None) -> None:
         """Count a forward; `skip_error` is None where no direction was stored."""
         if is_skipped:
@@ -150,6 +171,8 @@ class Resident:
         elif skip_error is not None:
             self.guidance = self.guidance.after_full_step(self.step_index, skip_error)
             self.newest = 1 - self.newest
+        if self.table.draws_noise[self.step_index]:
+            self.noise.drop()
         self.step_index += 1
 
     @torch.inference_mode()
@@ -195,7 +218,7 @@ class Resident:
         self.guidance = state.guidance
         self.skipped_steps = list(state.skipped_steps)
         for _ in range(state.num_draws):
-            self.noise.take()
+            self.noise.drop()
 
 
 class LatentPool:

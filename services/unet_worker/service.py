@@ -253,6 +253,9 @@ class UnetWorkerService:
             asyncio.to_thread(self._denoiser.draw_ahead),
         )
         duration = time.perf_counter() - start
+        if self._pool:
+            # This slot is over: what is bound to the gap behind it may begin.
+            self._pool.set_running_seq(slot.seq + 1)
         for failure in result.failures:
             log.warning("failed in a slot", request_id=failure.request_id, reason=failure.reason)
             self._denoiser.release(failure.request_id, failure.attempt)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from collections import deque
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from shared.logs import get_logger
 from shared.messages import (
     BeginEpoch,
     CancelDecode,
+    ChunksDecoded,
     DecodeLatents,
     GrantChunks,
     HandleLost,
@@ -45,16 +47,32 @@ log = get_logger()
 Chunks = Generator[int, None, torch.Tensor]
 
 
-@dataclass(slots=True, kw_only=True)
-class Decode:
-    """A decode at this worker.
+GRANT_WAIT_S = 10.0
+"""A grant bound to a slot waits at most so long for it: nothing waits for a slot that is lost."""
 
-    granted: chunks that may run, threads: on so many. chunks: None until the first one runs.
+GRANT_POLL_S = 0.002
+
+
+@dataclass(slots=True, kw_only=True)
+class PendingGrant:
+    """Chunks that may run.
+
+    left: of them. compute_s: that the others took. expires_at: when they stop to wait for their
+    slot, on the monotonic clock.
     """
 
+    command: GrantChunks
+    left: int
+    expires_at: float
+    compute_s: float = 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Decode:
+    """A decode at this worker. grants: oldest first. chunks: None until the first one runs."""
+
     command: DecodeLatents
-    granted: int = 0
-    threads: int = 0
+    grants: deque[PendingGrant] = field(default_factory=deque)
     done: int = 0
     chunks: Chunks | None = None
     compute_s: float = 0.0
@@ -100,8 +118,12 @@ class VaeWorkerService:
             while not self._link.is_stopping:
                 await self._link.news()
                 self._take_messages()
-                while decode := self._next_runnable():
-                    await self._run_chunk(decode, group)
+                while not self._link.is_stopping and any(d.grants for d in self._decodes.values()):
+                    decode = self._next_runnable()
+                    if decode:
+                        await self._run_chunk(decode, group)
+                    else:
+                        await asyncio.sleep(GRANT_POLL_S)
                     self._take_messages()
         self._compute.close()
 
@@ -179,8 +201,13 @@ class VaeWorkerService:
             case GrantChunks() if message.epoch >= self._epoch:
                 known = self._decodes.get(message.request_id)
                 if known and known.command.attempt == message.attempt:
-                    known.granted += message.chunks
-                    known.threads = message.threads
+                    known.grants.append(
+                        PendingGrant(
+                            command=message,
+                            left=message.chunks,
+                            expires_at=time.monotonic() + GRANT_WAIT_S,
+                        )
+                    )
             case CancelDecode():
                 known = self._decodes.get(message.request_id)
                 if known and known.command.attempt == message.attempt:
@@ -189,8 +216,22 @@ class VaeWorkerService:
                 log.debug("ignored", message=type(message).__name__)
 
     def _next_runnable(self) -> Decode | None:
-        runnable = (decode for decode in self._decodes.values() if decode.done < decode.granted)
-        return None if self._link.is_stopping else next(runnable, None)
+        runnable = (
+            decode
+            for decode in self._decodes.values()
+            if decode.grants and self._has_begun(decode.grants[0])
+        )
+        return next(runnable, None)
+
+    def _has_begun(self, grant: PendingGrant) -> bool:
+        """Whether the slots that a grant has to wait for are over, or can't be waited for."""
+        command = grant.command
+        if not command.beside_seq or not command.pool or time.monotonic() >= grant.expires_at:
+            return True
+        try:
+            return self._reader.running_seq(command.pool) >= command.beside_seq
+        except HandleLostError:
+            return True
 
     def _forget(self, decode: Decode) -> None:
         self._decodes.pop(decode.command.request_id, None)
@@ -206,7 +247,9 @@ class VaeWorkerService:
             if decode.chunks is None:
                 latents, decode.transport = await self._fetch(command.handle)
                 decode.chunks = self._chunks(latents)
-            image = await self._compute.run(partial(self._advance, decode), threads=decode.threads)
+            image = await self._compute.run(
+                partial(self._advance, decode), threads=decode.grants[0].command.threads
+            )
         except HandleLostError as error:
             self._forget(decode)
             metrics.HANDLES_LOST.inc()
@@ -223,10 +266,28 @@ class VaeWorkerService:
         except (RuntimeError, MemoryError, SynerDiffError) as error:
             self._fail(decode, error)
             return
+        self._report_grant(decode, is_last=image is not None)
         if image is not None:
             self._forget(decode)
             metrics.DECODE_SECONDS.observe(decode.compute_s)
             group.create_task(self._commit(decode, image))
+
+    def _report_grant(self, decode: Decode, *, is_last: bool) -> None:
+        """One report for a grant, once all its chunks have run."""
+        grant = decode.grants[0]
+        grant.left -= 1
+        if grant.left > 0 and not is_last:
+            return
+        decode.grants.popleft()
+        self._link.post(
+            ChunksDecoded(
+                incarnation=self._link.incarnation,
+                request_id=decode.command.request_id,
+                attempt=decode.command.attempt,
+                chunks_done=decode.done,
+                duration_ms=grant.compute_s * 1000,
+            )
+        )
 
     def _advance(self, decode: Decode) -> torch.Tensor | None:
         """One chunk; the image after the last. Runs in the compute thread."""
@@ -238,8 +299,10 @@ class VaeWorkerService:
             image: torch.Tensor = end.value
             return image.float().cpu()
         finally:
+            duration_s = time.perf_counter() - start
             decode.done += 1
-            decode.compute_s += time.perf_counter() - start
+            decode.compute_s += duration_s
+            decode.grants[0].compute_s += duration_s
         return None
 
     async def _fetch(self, handle: TensorHandle) -> tuple[torch.Tensor, str]:

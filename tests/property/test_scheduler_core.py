@@ -13,28 +13,83 @@ from hypothesis.stateful import (
 )
 from scheduler_world import World, make_request
 
-from services.scheduler.policies import MAX_SLOTS_IN_FLIGHT
+from services.scheduler.packing import skip_credits
+from services.scheduler.policies import (
+    MAX_SLOTS_IN_FLIGHT,
+    POLICY_NAMES,
+    PolicyOptions,
+)
+from services.scheduler.profile import DecodeTiming, Profile, SlotKind, SlotTiming
 from services.scheduler.state import Stage
+
+PROFILE = Profile(
+    model_id="m",
+    device="cpu",
+    dtype="float32",
+    threads=2,
+    slots=(
+        SlotTiming(
+            key="64x64",
+            kind=SlotKind(unet_threads=2),
+            step_ms={1: 10.0, 2: 12.0, 4: 20.0, 8: 40.0},
+        ),
+        *(
+            SlotTiming(
+                key="64x64",
+                kind=SlotKind(unet_threads=1, vae_threads=1, chunks=chunks),
+                step_ms={1: 13.0, 8: 48.0},
+                chunks_ms={1: 8.0 * chunks, 8: 9.0 * chunks},
+            )
+            for chunks in (1, 2, 4)
+        ),
+    ),
+    decodes=(DecodeTiming(key="64x64", threads=2, chunk_ms=(5.0,) * 4),),
+)
+SWITCHES = ("none", "chunking", "skip", "planning", "feedback")
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     world: World
 
-    @initialize(policy=st.sampled_from(["continuous-serial", "continuous-parallel"]))
-    def begin(self, policy: str) -> None:
-        self.world = World(policy=policy)
+    @initialize(
+        policy=st.sampled_from([*POLICY_NAMES, "synerdiff", "synerdiff"]),
+        off=st.sampled_from(SWITCHES),
+        is_profiled=st.booleans(),
+    )
+    def begin(self, policy: str, off: str, is_profiled: bool) -> None:
+        options = PolicyOptions(
+            chunking=off != "chunking",
+            skip=off != "skip",
+            planning=off != "planning",
+            feedback=off != "feedback",
+        )
+        self.world = World(
+            policy=policy, options=options, profiles=(PROFILE,) if is_profiled else ()
+        )
         self.world.start_worker("unet", "unet-0")
         self.world.start_worker("vae", "vae-0")
         self.submitted = 0
         self.calm_since_blow = 0
 
     @rule(
-        steps=st.integers(1, 4),
+        steps=st.integers(1, 6),
         guidance=st.sampled_from([1.0, 5.0]),
         side=st.sampled_from([64, 128]),
         priority=st.integers(0, 2),
+        guidance_skip=st.sampled_from(["off", "balanced", "fast"]),
+        deadline_ms=st.sampled_from([0, 0, 1, 5_000]),
+        owner=st.sampled_from(["", "a", "b"]),
     )
-    def submit(self, steps: int, guidance: float, side: int, priority: int) -> None:
+    def submit(  # noqa: PLR0917  as the strategies above
+        self,
+        steps: int,
+        guidance: float,
+        side: int,
+        priority: int,
+        guidance_skip: str,
+        deadline_ms: int,
+        owner: str,
+    ) -> None:
         request_id = f"r{self.submitted}"
         self.submitted += 1
         self.world.submit(
@@ -45,6 +100,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 side=side,
                 priority=priority,
                 submitted_at=self.world.now,
+                guidance_skip=guidance_skip,
+                deadline_ms=deadline_ms,
+                owner=owner,
             )
         )
 
@@ -105,6 +163,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def tick(self) -> None:
         self.world.tick()
 
+    @rule(factor=st.sampled_from([0.5, 1.0, 3.0]))
+    def the_device_changes_its_speed(self, factor: float) -> None:
+        self.world.drift = factor
+
     @invariant()
     def slots_keep_their_limits(self) -> None:
         core = self.world.core
@@ -114,7 +176,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 requests = [core.requests.get(row.request_id) for row in slot.rows]
                 known = [request for request in requests if request]
                 assert len({request.batch_key for request in known}) <= 1
-                assert sum(request.rows for request in known) <= max(2, unet.profile.knee)
+                knee = unet.profile.knee(slot.key.size)
+                assert sum(request.rows for request in known) <= max(2, knee)
                 assert len({row.request_id for row in slot.rows}) == len(slot.rows)
 
     @invariant()
@@ -138,6 +201,28 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert request.done_step <= request.next_step <= request.num_forwards
 
     @invariant()
+    def a_plan_keeps_the_threshold_or_says_that_none_does(self) -> None:
+        for unet in self.world.core.unets.values():
+            rule = self.world.options.rule
+            outlook = unet.outlook
+            if outlook is None:
+                continue
+            assert rule.min_value <= outlook.theta <= rule.max_value
+            if outlook.is_feasible:
+                assert outlook.planned_ms <= outlook.alone_ms / outlook.theta + 1e-6
+
+    @invariant()
+    def skips_stay_within_each_request_s_budget(self) -> None:
+        for request in self.world.core.requests.values():
+            if request.num_skipped:
+                assert request.is_guided
+                assert request.request.parameters.guidance_skip != "off"
+                unet = self.world.core.unets.get(request.unet)
+                if unet and request.stage is Stage.DENOISING:
+                    assert skip_credits(request, unet.profile) >= 0
+                    assert request.num_skipped <= 0.7 * request.num_forwards + 0.5
+
+    @invariant()
     def no_open_request_is_forgotten(self) -> None:
         assert set(self.world.open_requests) <= set(self.world.core.requests)
 
@@ -150,11 +235,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(self.world.final) == self.submitted
         assert not any(unet.held for unet in self.world.unets.values())
         assert not self.world.core.requests
+        self.world.replay()
 
 
 TestSchedulerCore = SchedulerMachine.TestCase
 TestSchedulerCore.settings = settings(
-    max_examples=60,
+    max_examples=40,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

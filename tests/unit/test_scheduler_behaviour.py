@@ -56,7 +56,7 @@ def test_slots_are_filled_to_the_knee_oldest_first(world: World) -> None:
     for _ in range(2):
         world.run_slot(unet)
         settle(world)
-    knee = world.core.unets[unet].profile.knee
+    knee = world.core.unets[unet].profile.knee("64x64")
     slot = world.unets[unet].slots[-1]
     assert [row.request_id for row in slot.rows] == [f"r{n}" for n in range(knee // 2)]
 
@@ -74,7 +74,8 @@ def test_sizes_take_turns(world: World) -> None:
         world.run_slot(unet)
         settle(world)
     assert all(len(kind) == 1 for kind in kinds)
-    assert all(first != second for first, second in itertools.pairwise(kinds))
+    # The first two were sent before the others had come.
+    assert all(first != second for first, second in itertools.pairwise(kinds[1:]))
 
 
 def test_a_serial_policy_never_runs_a_slot_beside_a_decode() -> None:
@@ -147,7 +148,7 @@ def test_only_as_many_requests_become_resident_as_keep_a_worker_busy(world: Worl
     settle(world)
     unet = world.core.unets[only_unet(world)]
     rows = sum(r.rows for r in world.core.requests.values() if r.stage is Stage.DENOISING)
-    assert unet.profile.knee <= rows <= 2 * unet.profile.knee + 2
+    assert unet.profile.knee("64x64") <= rows <= 2 * unet.profile.knee("64x64") + 2
 
 
 def test_one_failure_in_a_slot_leaves_the_others_running(world: World) -> None:

@@ -1,0 +1,44 @@
+"""From settings to the core's own values: the policy's options, and profiles from their files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from services.scheduler.policies import PolicyOptions
+from services.scheduler.profile import Profile
+from services.scheduler.profile_file import parse_profile
+from services.scheduler.threshold import ThresholdRule
+from shared.errors import ConfigurationError
+from shared.settings import SchedulerSettings
+
+
+def policy_options(settings: SchedulerSettings) -> PolicyOptions:
+    """What the settings switch.
+
+    Raises:
+        ConfigurationError: The threshold begins below its least value.
+    """
+    if settings.threshold_first < settings.threshold_min:
+        raise ConfigurationError(
+            f"SYNERDIFF_THRESHOLD_FIRST={settings.threshold_first} should not be below "
+            f"SYNERDIFF_THRESHOLD_MIN={settings.threshold_min}"
+        )
+    return PolicyOptions(
+        max_rows=settings.max_rows,
+        chunking=settings.policy_chunking,
+        skip=settings.policy_skip,
+        planning=settings.policy_planning,
+        feedback=settings.policy_feedback,
+        rule=ThresholdRule(min_value=settings.threshold_min, first_value=settings.threshold_first),
+        max_decode_wait_s=settings.max_decode_wait_s,
+    )
+
+
+def load_profiles(path: Path) -> tuple[Profile, ...]:
+    """The profiles in a file, or in every JSON file of a folder; none where there is neither.
+
+    Raises:
+        ConfigurationError: A file is no profile.
+    """
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
+    return tuple(parse_profile(file.read_text(), name=str(file)) for file in files)

@@ -1,0 +1,54 @@
+"""What measured durations teach: the profile's drift, and chunks that took more than planned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from statistics import mean
+
+from services.scheduler.drift import ALONE, BESIDE, CHUNKS
+from services.scheduler.state import Request, UnetWorker
+from shared.messages import ChunksDecoded, SlotDenoised
+
+CERTAIN_OVERRUN = 1.1
+"""Chunks that take up to so many times what was planned are noise."""
+
+
+def note_slot(unet: UnetWorker, event: SlotDenoised, requests: Mapping[str, Request]) -> None:
+    """A slot's duration corrects its kind, by the rows that really ran."""
+    slot = next((slot for slot in unet.slots if slot.seq == event.seq), None)
+    if slot is None or slot.kind is None or slot.kind not in unet.profile.kinds(slot.key.size):
+        return
+    rows = 0
+    for row in event.rows:
+        request = requests.get(row.request_id)
+        if request is None or request.attempt != row.attempt:
+            return
+        if row.has_run:
+            rows += 1 if row.was_skipped else request.rows
+    if not rows:
+        return
+    kind = BESIDE if slot.kind.chunks else ALONE
+    predicted_ms = unet.profile.slot_ms(slot.key.size, rows, slot.kind)[0]
+    unet.drift = unet.drift.after(
+        kind,
+        predicted_ms=predicted_ms * unet.drift.factor(kind),
+        measured_ms=event.duration_ms,
+    )
+
+
+def note_chunks(request: Request, event: ChunksDecoded, unets: Iterable[UnetWorker]) -> None:
+    """Chunks' duration corrects theirs; what they took too long is owed by the next slots."""
+    count = event.chunks_done - request.done_chunks
+    if count <= 0 or event.duration_ms <= 0:
+        return
+    for unet in unets:
+        timing = unet.profile.decode(request.batch_key.size)
+        if timing is None or not request.has_gap:
+            continue
+        predicted_ms = count * mean(timing.chunk_ms) * unet.drift.factor(CHUNKS)
+        unet.drift = unet.drift.after(
+            CHUNKS, predicted_ms=predicted_ms, measured_ms=event.duration_ms
+        )
+        if event.duration_ms > CERTAIN_OVERRUN * predicted_ms and unet.ledger:
+            ms, alone_ms = unet.ledger[-1]
+            unet.ledger[-1] = (ms + event.duration_ms - predicted_ms, alone_ms)

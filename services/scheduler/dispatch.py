@@ -1,0 +1,289 @@
+"""What follows from the state: admissions, decode assignments, slots and grants.
+
+Runs after every event. Places are chosen by `placement`, slots and grants by the policy; here they
+become messages, and the state notes what is on its way.
+"""
+
+from __future__ import annotations
+
+from services.scheduler.commands import BeginAttempt, FailRequest
+from services.scheduler.outbox import Outbox
+from services.scheduler.packing import by_fair_share, by_urgency
+from services.scheduler.placement import (
+    choose_unet,
+    choose_vae,
+    loads,
+    soonest_finish_ms,
+)
+from services.scheduler.policy import Decode, Grant, GroupView, Plan, Policy
+from services.scheduler.state import Request, SlotInFlight, Stage, UnetWorker, VaeWorker
+from shared import keys, messages
+
+LATE_WARNING = "finished after its deadline"
+
+
+class Dispatch:
+    """The forward half of the core; it shares the core's state.
+
+    Args:
+        requests, unets, vaes: The core's own.
+        policy: Decides slots and grants.
+        outbox: Where the messages go.
+    """
+
+    def __init__(
+        self,
+        requests: dict[str, Request],
+        unets: dict[str, UnetWorker],
+        vaes: dict[str, VaeWorker],
+        *,
+        policy: Policy,
+        outbox: Outbox,
+    ) -> None:
+        self._requests = requests
+        self._unets = unets
+        self._vaes = vaes
+        self._policy = policy
+        self._outbox = outbox
+        self._next_seq = outbox.epoch
+        self._next_attempt = 1
+
+    def run(self, now: float) -> None:
+        """Admit, assign, plan and grant whatever can be."""
+        self._admit_waiting(now)
+        self._assign_decodes(now)
+        waiting: dict[str, int] = {}
+        residents: dict[str, list[Request]] = {name: [] for name in self._unets}
+        pending = []
+        for request in self._requests.values():
+            if request.stage in {Stage.ENCODING, Stage.DENOISING}:
+                residents[request.unet].append(request)
+            elif request.stage is Stage.WAITING:
+                model = request.batch_key.model
+                waiting[model] = waiting.get(model, 0) + 1
+            elif request.stage is Stage.LATENTS:
+                pending.append(request)
+        for name, unet in self._unets.items():
+            num_waiting = waiting.get(unet.info.model_id, 0) / max(len(self._unets), 1)
+            self._plan(unet, residents[name], pending, num_waiting, now)
+        self._grant_off_device()
+
+    def waiting(self, now: float) -> list[Request]:
+        """Requests at no worker, the next to be admitted first."""
+        at_work = {Stage.ENCODING, Stage.DENOISING}
+        return by_fair_share(
+            (one for one in self._requests.values() if one.stage is Stage.WAITING),
+            (one for one in self._requests.values() if one.stage in at_work),
+            now,
+        )
+
+    def refuse_hopeless(self, request: Request, now: float) -> bool:
+        """Fail a new request whose deadline nobody could keep, even with nobody else there."""
+        soonest_at = now + soonest_finish_ms(request, self._unets.values()) / 1000
+        if soonest_at <= request.deadline_at:
+            return False
+        reason = (
+            f"deadline_ms is {request.request.deadline_ms}, but the picture takes at least "
+            f"{(soonest_at - request.request.submitted_at) * 1000:.0f} ms"
+        )
+        failure = FailRequest(
+            request_id=request.request_id, code="deadline_unmeetable", reason=reason
+        )
+        self._outbox.add(failure)
+        return True
+
+    def adjust_threshold(self, unet: UnetWorker, now: float) -> None:
+        """A slot is over: the threshold may move."""
+        residents = [one for one in self._requests.values() if one.unet == unet.info.incarnation]
+        pending = [one for one in self._requests.values() if one.stage is Stage.LATENTS]
+        num_waiting = sum(one.stage is Stage.WAITING for one in self._requests.values())
+        share = num_waiting / max(len(self._unets), 1)
+        unet.threshold = self._policy.adjust(self._view(unet, residents, pending, share, now))
+
+    # --- admission ------------------------------------------------------------------------------
+
+    def _admit_waiting(self, now: float) -> None:
+        if not any(one.stage is Stage.WAITING for one in self._requests.values()):
+            return
+        held = loads(self._requests.values(), self._unets)
+        for request in self.waiting(now):
+            name = choose_unet(request, self._unets, held, factor=self._policy.admission_factor)
+            if name is not None:
+                self._admit(request, name)
+                held[name].add(request, self._unets[name])
+
+    def _admit(self, request: Request, unet: str) -> None:
+        request.move_to(Stage.ENCODING)
+        request.attempt = f"{self._outbox.epoch}-{self._next_attempt}"
+        request.num_attempts += 1
+        self._next_attempt += 1
+        request.unet = unet
+        self._outbox.add(BeginAttempt(request_id=request.request_id, attempt=request.attempt))
+        admit = messages.AdmitRequest(
+            epoch=self._outbox.epoch,
+            request_id=request.request_id,
+            attempt=request.attempt,
+            parameters=request.request.parameters,
+        )
+        self._outbox.send(unet, "control", admit)
+
+    # --- decodes --------------------------------------------------------------------------------
+
+    def _busy_groups(self) -> frozenset[str]:
+        return frozenset(unet.info.device_group for unet in self._unets.values())
+
+    def _assign_decodes(self, now: float) -> None:
+        finished = [one for one in self._requests.values() if one.stage is Stage.LATENTS]
+        busy_groups = self._busy_groups()
+        for request in by_urgency(finished, now):
+            name = choose_vae(request, self._vaes, busy_groups)
+            if name is not None:
+                self._assign(request, self._vaes[name], now)
+
+    def _assign(self, request: Request, vae: VaeWorker, now: float) -> None:
+        assert request.latents is not None
+        request.move_to(Stage.DECODING)
+        request.forget_decode()
+        request.vae = vae.info.incarnation
+        vae.decodes.append(request.request_id)
+        if now > request.deadline_at and LATE_WARNING not in request.warnings:
+            request.warnings = (*request.warnings, LATE_WARNING)
+        owner = request.latents.handle.owner
+        decode = messages.DecodeLatents(
+            epoch=self._outbox.epoch,
+            request_id=request.request_id,
+            attempt=request.attempt,
+            handle=request.latents.handle,
+            parameters=request.request.parameters,
+            skipped_steps=request.latents.skipped_steps,
+            warnings=request.warnings,
+            release_to=keys.control(owner),
+        )
+        self._outbox.send(request.vae, "work", decode)
+
+    def _grant_off_device(self) -> None:
+        busy_groups = self._busy_groups()
+        for vae in self._vaes.values():
+            if vae.info.device_group in busy_groups:
+                continue
+            for request_id in vae.decodes:
+                missing = vae.info.num_chunks - self._requests[request_id].granted_chunks
+                if missing > 0:
+                    grant = Grant(request_id=request_id, chunks=missing, threads=vae.info.threads)
+                    self._grant(grant, beside_seq=0, pool="")
+
+    # --- slots ----------------------------------------------------------------------------------
+
+    def _plan(
+        self,
+        unet: UnetWorker,
+        residents: list[Request],
+        pending: list[Request],
+        num_waiting: float,
+        now: float,
+    ) -> None:
+        while True:
+            plan = self._policy.plan(self._view(unet, residents, pending, num_waiting, now))
+            self._carry_out(unet, plan)
+            if not plan.rows:
+                return
+
+    def _carry_out(self, unet: UnetWorker, plan: Plan) -> None:
+        if plan.outlook:
+            unet.outlook = plan.outlook
+        if plan.ledger:
+            unet.ledger.append(plan.ledger)
+        next_seq = self._next_seq + 1
+        last_seq = unet.slots[-1].seq if unet.slots else 0
+        for grant in plan.grants:
+            # A gap begins behind the slots in flight; what a slot's header says first after
+            # its end is the next number.
+            after = last_seq + 1 if grant.is_gap and last_seq else 0
+            beside_seq = next_seq if grant.is_bound and plan.rows else after
+            self._grant(grant, beside_seq=beside_seq, pool=unet.info.pool)
+        if plan.rows:
+            self._send_slot(unet, plan)
+        elif not unet.slots and not plan.grants and not self._has_gap(unet):
+            # The device rests: what was spent before is spent.
+            unet.ledger.clear()
+
+    def _has_gap(self, unet: UnetWorker) -> bool:
+        """Whether a gap on the worker's device may not be over yet."""
+        return any(
+            self._requests[name].has_gap
+            for vae in self._vaes.values()
+            if vae.info.device_group == unet.info.device_group
+            for name in vae.decodes
+        )
+
+    def _view(
+        self,
+        unet: UnetWorker,
+        residents: list[Request],
+        pending: list[Request],
+        num_waiting: float,
+        now: float,
+    ) -> GroupView:
+        group = unet.info.device_group
+        beside = [vae for vae in self._vaes.values() if vae.info.device_group == group]
+        decodes = [
+            _decode(self._requests[request_id], vae, unet, is_assigned=True)
+            for vae in beside
+            for request_id in vae.decodes
+        ]
+        if beside:
+            decodes += [
+                _decode(request, beside[0], unet, is_assigned=False)
+                for request in pending
+                if request.batch_key.model == unet.info.model_id
+            ]
+        return GroupView(
+            unet=unet, requests=residents, decodes=decodes, num_waiting=num_waiting, now=now
+        )
+
+    def _send_slot(self, unet: UnetWorker, plan: Plan) -> None:
+        self._next_seq += 1
+        unet.num_slots += 1
+        key = self._requests[plan.rows[0].request_id].batch_key
+        unet.slots.append(SlotInFlight(seq=self._next_seq, rows=plan.rows, key=key, kind=plan.kind))
+        unet.turns[key] = unet.num_slots
+        for row in plan.rows:
+            request = self._requests[row.request_id]
+            request.next_step += 1
+            request.slots_in_flight += 1
+            request.is_skip_in_flight = row.skip
+        slot = messages.DenoiseSlot(
+            epoch=self._outbox.epoch,
+            seq=self._next_seq,
+            kind="beside" if plan.kind and plan.kind.chunks else "alone",
+            threads=plan.threads,
+            rows=plan.rows,
+        )
+        self._outbox.send(unet.info.incarnation, "work", slot)
+
+    def _grant(self, grant: Grant, *, beside_seq: int, pool: str) -> None:
+        request = self._requests[grant.request_id]
+        request.granted_chunks += grant.chunks
+        request.has_gap = grant.is_gap
+        message = messages.GrantChunks(
+            epoch=self._outbox.epoch,
+            request_id=grant.request_id,
+            attempt=request.attempt,
+            chunks=grant.chunks,
+            threads=grant.threads,
+            beside_seq=beside_seq,
+            pool=pool if beside_seq else "",
+        )
+        self._outbox.send(request.vae, "work", message)
+
+
+def _decode(request: Request, vae: VaeWorker, unet: UnetWorker, *, is_assigned: bool) -> Decode:
+    num_chunks = vae.info.num_chunks
+    timing = unet.profile.decode(request.batch_key.size)
+    decode_ms = sum(timing.chunk_ms) if timing else vae.info.decode_ms
+    return Decode(
+        request=request,
+        num_chunks=num_chunks,
+        chunk_ms=decode_ms / num_chunks,
+        is_assigned=is_assigned,
+    )

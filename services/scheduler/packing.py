@@ -1,0 +1,143 @@
+"""Who is next: the order of requests, and the rows of the next slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import floor, inf
+
+from services.scheduler.profile import Profile, SkipLevel
+from services.scheduler.state import BatchKey, Request, UnetWorker
+
+AGEING_S = 30.0
+"""Waiting this long is worth one step of priority, so that nothing waits for ever."""
+
+MIN_ROWS = 2
+"""A slot has room for one guided request, whatever the knee."""
+
+
+def urgency(request: Request, now: float) -> tuple[int, float, float, str]:
+    """What requests are sorted by, most urgent first.
+
+    Priority, raised by waiting; within it the earliest deadline that is still ahead; then age.
+    """
+    waited_s = max(now - request.request.submitted_at, 0.0)
+    deadline_at = request.deadline_at if request.deadline_at > now else inf
+    return (
+        -(request.request.priority + floor(waited_s / AGEING_S)),
+        deadline_at,
+        request.request.submitted_at,
+        request.request_id,
+    )
+
+
+def by_urgency(requests: Iterable[Request], now: float) -> list[Request]:
+    """Most urgent first; ties by age, then by id."""
+    return sorted(requests, key=lambda request: urgency(request, now))
+
+
+def by_fair_share(
+    waiting: Iterable[Request], in_service: Iterable[Request], now: float
+) -> list[Request]:
+    """The order of admission: within a priority, owners take turns.
+
+    A request's turn is its place in its owner's own queue, behind what the owner has in service.
+    """
+    num_ahead: dict[str, int] = {}
+    for request in in_service:
+        num_ahead[request.request.owner] = num_ahead.get(request.request.owner, 0) + 1
+    turns = []
+    for request in by_urgency(waiting, now):
+        owner = request.request.owner
+        turn = num_ahead.get(owner, 0)
+        num_ahead[owner] = turn + 1
+        level, *rest = urgency(request, now)
+        turns.append(((level, turn, *rest), request))
+    turns.sort(key=lambda pair: pair[0])
+    return [request for _, request in turns]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The requests of one slot, most urgent first. rows: of a full step of all of them."""
+
+    key: BatchKey
+    requests: tuple[Request, ...]
+    rows: int
+
+
+def pack_batches(
+    requests: Sequence[Request], unet: UnetWorker, now: float, *, max_rows: int, num_slots: int
+) -> list[Batch]:
+    """The batches of the next slots: batch keys take turns, each filled to the knee.
+
+    The batch key that has waited longest (in slots) goes first, so with K keys each has a slot at
+    least every K slots. A later slot of the same key repeats its batch, without those whose steps
+    are over by then: the next plan will know who fills their places.
+    """
+    candidates: dict[BatchKey, list[Request]] = {}
+    for request in requests:
+        if request.has_forwards_left:
+            candidates.setdefault(request.batch_key, []).append(request)
+    if not candidates:
+        return []
+    keys = sorted(candidates, key=lambda key: (unet.turns.get(key, -1), key))
+    batches: list[Batch] = []
+    firsts: dict[BatchKey, Batch] = {}
+    for i in range(num_slots):
+        key = keys[i % len(keys)]
+        turn = i // len(keys)
+        if turn == 0:
+            limit = max(MIN_ROWS, max_rows or unet.profile.knee(key.size))
+            firsts[key] = _fill(key, by_urgency(candidates[key], now), limit)
+            batches.append(firsts[key])
+            continue
+        lasting = tuple(
+            one for one in firsts[key].requests if one.num_forwards - one.next_step > turn
+        )
+        if not lasting:
+            break
+        rows = sum(one.rows for one in lasting)
+        # Where others wait they fill the gaps, so the slot stays as large.
+        is_contended = len(candidates[key]) > len(firsts[key].requests)
+        rows = firsts[key].rows if is_contended else rows
+        batches.append(Batch(key=key, requests=lasting, rows=rows))
+    return batches
+
+
+def _fill(key: BatchKey, requests: Sequence[Request], limit: int) -> Batch:
+    chosen: list[Request] = []
+    used = 0
+    for request in requests:
+        if used + request.rows <= limit:
+            chosen.append(request)
+            used += request.rows
+            if used == limit:
+                break
+    return Batch(key=key, requests=tuple(chosen), rows=used)
+
+
+def skip_credits(request: Request, profile: Profile) -> int:
+    """How many more steps of a request its fidelity budget lets be skipped.
+
+    A level's `rows_saved` is of all rows, of which a skipped step saves one of two.
+    """
+    level: SkipLevel | None = profile.skip_levels.get(request.request.parameters.guidance_skip)
+    if level is None or not request.is_guided:
+        return 0
+    allowed = floor(2 * level.rows_saved * request.num_forwards + 0.5)
+    asked = 1 if request.is_skip_in_flight else 0
+    return max(allowed - request.num_skipped - asked, 0)
+
+
+def may_skip_next(request: Request) -> bool:
+    """Whether the next step not yet in flight may be skipped, as far as can be known here.
+
+    The worker has the last word. Behind a full step in flight it is not known yet; requests that
+    could skip before mostly can again, right after a full step.
+    """
+    if not request.slots_in_flight:
+        return request.skip_steps > 0
+    if request.is_skip_in_flight:
+        return request.skip_steps > request.slots_in_flight
+    return request.has_skipped_before or request.skip_steps > request.slots_in_flight

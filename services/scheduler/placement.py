@@ -1,0 +1,108 @@
+"""Where requests go: which UNet worker admits one, which VAE worker decodes one.
+
+Both by predicted finish time: the work ahead at the rate of the worker's profile, then its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import inf
+
+from services.scheduler.packing import MIN_ROWS
+from services.scheduler.state import Request, Stage, UnetWorker, VaeWorker
+
+DECODES_PER_WORKER = 2
+"""At a VAE worker at once: one decodes, the next has arrived already."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Load:
+    """What a UNet worker holds. work_ms: its own time for all their steps, at the knee's rate."""
+
+    num_requests: int = 0
+    rows: int = 0
+    work_ms: float = 0.0
+
+    def add(self, request: Request, unet: UnetWorker) -> None:
+        """Count one more request."""
+        self.num_requests += 1
+        self.rows += request.rows
+        self.work_ms += work_ms(request, unet)
+
+
+def loads(requests: Iterable[Request], unets: Mapping[str, UnetWorker]) -> dict[str, Load]:
+    """What each UNet worker holds."""
+    found = {name: Load() for name in unets}
+    for request in requests:
+        if request.stage in {Stage.ENCODING, Stage.DENOISING} and request.unet in found:
+            found[request.unet].add(request, unets[request.unet])
+    return found
+
+
+def work_ms(request: Request, unet: UnetWorker) -> float:
+    """The time of the device that a request's steps still take, in full slots."""
+    size = request.batch_key.size
+    knee = unet.profile.knee(size)
+    slot_ms, _ = unet.profile.slot_ms(size, knee, unet.profile.alone_kind(size))
+    return request.expected_forwards * request.rows * slot_ms / knee
+
+
+def service_ms(request: Request, unet: UnetWorker) -> float:
+    """The least time from admission to the decoded image, with nobody else there."""
+    profile, size = unet.profile, request.batch_key.size
+    step_ms, _ = profile.slot_ms(size, request.rows, profile.alone_kind(size))
+    decode = profile.decode(size)
+    return (
+        profile.encode_ms
+        + request.expected_forwards * step_ms
+        + (sum(decode.chunk_ms) if decode else 0.0)
+    )
+
+
+def choose_unet(
+    request: Request, unets: Mapping[str, UnetWorker], held: Mapping[str, Load], *, factor: int
+) -> str | None:
+    """The worker with room at which a request is predicted to finish first; None where no room.
+
+    factor: a worker's rows may reach so many knees.
+    """
+    best, best_ms = None, inf
+    for name, unet in sorted(unets.items()):
+        load = held[name]
+        knee = max(MIN_ROWS, unet.profile.knee(request.batch_key.size))
+        has_room = load.num_requests < unet.info.max_requests and load.rows < factor * knee
+        if unet.is_draining or not has_room or unet.info.model_id != request.batch_key.model:
+            continue
+        finish_ms = load.work_ms + service_ms(request, unet)
+        if finish_ms < best_ms:
+            best, best_ms = name, finish_ms
+    return best
+
+
+def choose_vae(
+    request: Request, vaes: Mapping[str, VaeWorker], busy_groups: frozenset[str]
+) -> str | None:
+    """The VAE worker with room that is predicted to be done first; None where no room.
+
+    One on a device that denoises gives its decodes only a share of it, so it counts as slower.
+    """
+    room = [
+        (
+            (len(vae.decodes) + 1)
+            * max(vae.info.decode_ms, 1e-3)
+            * (4.0 if vae.info.device_group in busy_groups else 1.0),
+            name,
+        )
+        for name, vae in vaes.items()
+        if not vae.is_draining
+        and len(vae.decodes) < DECODES_PER_WORKER
+        and vae.info.model_id == request.batch_key.model
+    ]
+    return min(room)[1] if room else None
+
+
+def soonest_finish_ms(request: Request, unets: Iterable[UnetWorker]) -> float:
+    """The least service time at any worker of the request's model; 0 where none is known."""
+    fitting = [u for u in unets if u.info.model_id == request.batch_key.model]
+    return min((service_ms(request, unet) for unet in fitting), default=0.0)
