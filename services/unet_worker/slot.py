@@ -78,7 +78,7 @@ class Slot:
     def denoise(self, model: DiffusionModel) -> list[RowOutcome]:
         """Run the forward and store what it makes of the latents.
 
-        The pool is changed only after the UNet has succeeded.
+        Requests go on only by `Resident.advance`: where this raises, it may be tried again.
         """
         residents = [request.resident for request in self._requests]
         pool = self._pool
@@ -118,7 +118,7 @@ class Slot:
         stepped = a * latents + b * noise_pred + pool.carry[rows]
         noisy = [i for i, one in enumerate(residents) if one.table.draws_noise[one.step_index]]
         if noisy:
-            noise = torch.cat([residents[i].noise.take() for i in noisy]).to(model.device)
+            noise = torch.cat([residents[i].noise.peek() for i in noisy]).to(model.device)
             stepped[noisy] += d[noisy] * noise
         errors: dict[int, str] = {}
         for i, scheduler, own_timestep in self._own_schedulers():

@@ -25,6 +25,7 @@ from services.unet_worker.guidance import (
     SkipParameters,
     extrapolation_weight,
 )
+from services.unet_worker.latents import LatentPool
 from services.unet_worker.model import load_model
 from services.unet_worker.samplers import SAMPLERS
 from shared.errors import InvalidRequestError, OverloadedError, ProtocolError
@@ -230,21 +231,25 @@ def test_a_sampler_that_raises_fails_its_own_request_only(denoiser: Denoiser) ->
     assert "b" in denoise_held(denoiser)
 
 
-def test_a_forward_that_runs_out_of_memory_changes_nothing(
-    denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["the UNet", "the update"])
+def test_a_slot_that_runs_out_of_memory_may_be_tried_again(
+    denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    request = parameters(sampler="euler_a", **SMALL)
+    request = parameters(sampler="euler_a", guidance_skip="balanced", **SMALL)
     expected = denoise_alone(denoiser, request).latents
     denoiser.admit("a", ATTEMPT, request)
-    unet = denoiser._model.unet
 
     def fail(*_args: Any, **_kwargs: Any) -> None:
         raise torch.OutOfMemoryError
 
-    for _ in range(2):
+    for _ in range(3):
         denoiser.run(next_rows(denoiser))
+        denoiser.draw_ahead(1)
         with monkeypatch.context() as patch:
-            patch.setattr(unet, "forward", fail)
+            if where == "the UNet":
+                patch.setattr(denoiser._model.unet, "forward", fail)
+            else:
+                patch.setattr(LatentPool, "store", fail)
             with pytest.raises(torch.OutOfMemoryError):
                 denoiser.run(next_rows(denoiser))
     torch.testing.assert_close(denoise_held(denoiser)["a"].latents, expected)

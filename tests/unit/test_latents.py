@@ -66,6 +66,13 @@ def _assert_intact(resident: Resident) -> None:
     assert pool.guidance_scale[row] == seed
 
 
+def _take(noise: NoiseSource) -> torch.Tensor:
+    tensor = noise.peek()
+    assert noise.peek() is tensor
+    noise.drop()
+    return tensor
+
+
 def test_noise_comes_as_one_generator_draws_it_ahead_or_not() -> None:
     generator = torch.Generator().manual_seed(5)
     expected = [torch.randn(SHAPE, generator=generator) for _ in range(5)]
@@ -74,14 +81,14 @@ def test_noise_comes_as_one_generator_draws_it_ahead_or_not() -> None:
         assert torch.equal(noise.initial, expected[0])
         for tensor in expected[1:]:
             noise.draw_ahead(num_ahead)
-            assert torch.equal(noise.take(), tensor)
+            assert torch.equal(_take(noise), tensor)
 
 
 def test_no_more_noise_is_drawn_ahead_than_will_be_taken() -> None:
     noise = NoiseSource(5, SHAPE, 2)
     state = noise.generator.get_state()
-    noise.take()
-    noise.take()
+    _take(noise)
+    _take(noise)
     after = noise.generator.get_state()
     noise.draw_ahead(4)
     assert torch.equal(noise.generator.get_state(), after)
@@ -99,10 +106,10 @@ def test_drawing_ahead_in_another_thread_changes_nothing() -> None:
 
     thread = threading.Thread(target=draw)
     thread.start()
-    taken = [noise.take() for _ in range(200)]
+    taken = [_take(noise) for _ in range(200)]
     is_done.set()
     thread.join()
-    assert all(torch.equal(tensor, expected.take()) for tensor in taken)
+    assert all(torch.equal(tensor, _take(expected)) for tensor in taken)
 
 
 def test_rows_survive_a_pool_that_grows_and_shrinks(model: DiffusionModel) -> None:
