@@ -13,7 +13,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, cast
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.commands.core import AsyncScript
@@ -27,6 +27,9 @@ from shared.messages import Message
 SOCKET_TIMEOUT_S = 10.0
 """Above any BLOCK we use, or an idle blocking read would look like a dead server."""
 
+POOL_TIMEOUT_S = 30.0
+"""How long a command waits for a free connection."""
+
 MAX_BLOCK_MS = 1_000
 """Longest blocking read; a stop flag is noticed within it."""
 
@@ -34,18 +37,21 @@ MAX_BLOCK_MS = 1_000
 def connect(url: str, *, max_connections: int = 32) -> Redis:
     """A client that rides out a server restart: every command is retried for about half a minute.
 
-    Retrying is safe because every message is idempotent for its receiver.
+    Retrying is safe because every message is idempotent for its receiver. With all connections in
+    use a command waits for one.
     """
-    return Redis.from_url(
+    pool = BlockingConnectionPool.from_url(
         url,
         protocol=2,
         max_connections=max_connections,
+        timeout=POOL_TIMEOUT_S,
         socket_timeout=SOCKET_TIMEOUT_S,
         socket_connect_timeout=5.0,
         health_check_interval=15,
         retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), retries=35),
         retry_on_error=[RedisConnectionError, RedisTimeoutError],
     )
+    return Redis.from_pool(pool)
 
 
 @cache
