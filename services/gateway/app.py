@@ -52,6 +52,7 @@ async def _edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     request[REQUEST_ID] = f"req_{secrets.token_hex(12)}"
     resource = request.match_info.route.resource
     route = resource.canonical if resource else "unmatched"
+    method = request.method if resource else "any"  # clients must not invent label values
     began = time.monotonic()
     status = _CLIENT_GONE
     try:
@@ -59,7 +60,7 @@ async def _edge(request: web.Request, handler: Handler) -> web.StreamResponse:
         status = response.status
     finally:
         elapsed_s = time.monotonic() - began
-        metrics.HTTP_REQUESTS.labels(request.method, route, str(status)).inc()
+        metrics.HTTP_REQUESTS.labels(method, route, str(status)).inc()
         metrics.HTTP_SECONDS.labels(route).observe(elapsed_s)
         log.debug("answered", route=route, status=status, elapsed_s=round(elapsed_s, 4))
     return response

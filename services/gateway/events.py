@@ -87,16 +87,11 @@ class EventBoard:
         """The latest progress of any open request, whoever has submitted it."""
         return self._progress.get(request_id)
 
-    async def run(self) -> None:
-        """Read and sweep for ever; Redis may come and go.
+    async def read(self) -> None:
+        """Read the board for ever; Redis may come and go.
 
         Cancelling it loses nothing: the board is read without a consumer group.
         """
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._read(), name="events")
-            tasks.create_task(self._sweep(), name="sweep")
-
-    async def _read(self) -> None:
         position = ""
         while True:
             try:
@@ -140,7 +135,8 @@ class EventBoard:
         if watch := self._watches.get(request_id):
             watch.finish(request_id)
 
-    async def _sweep(self) -> None:
+    async def sweep(self) -> None:
+        """Ask the records about everything that is watched, for ever."""
         while True:
             await asyncio.sleep(SWEEP_INTERVAL_S)
             watched = [

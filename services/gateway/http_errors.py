@@ -150,7 +150,7 @@ def _from_http(error: web.HTTPException) -> ApiError:
             allowed = ", ".join(sorted(error.allowed_methods))
             message = f"{error.method} is not possible here. Allowed: {allowed}."
         case web.HTTPRequestEntityTooLarge():
-            message = f"The body is too large. {error.text}."
+            message = f"The body is too large. {error.text}"
         case _:
             message = error.reason or "The request could not be served."
     return ApiError(

@@ -57,6 +57,8 @@ async def generate(request: web.Request) -> web.StreamResponse:
     async with gateway.generation.submitted(
         order, job_id=request[REQUEST_ID], owner=_owner(request, body)
     ) as sent:
+        if request.transport is None:
+            raise ConnectionResetError("The client has gone while its order was sent.")
         with gateway.in_flight():
             respond = _stream if order.is_streamed else _answer
             return await respond(request, gateway, sent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 
 from aiohttp import web
 from redis.asyncio import Redis
@@ -68,15 +69,15 @@ class GatewayService:
             async with asyncio.TaskGroup() as tasks:
                 background = [
                     tasks.create_task(self._gateway.fleet_watch.run(), name="fleet"),
-                    tasks.create_task(self._gateway.board.run(), name="board"),
+                    tasks.create_task(self._gateway.board.read(), name="events"),
+                    tasks.create_task(self._gateway.board.sweep(), name="sweep"),
                     tasks.create_task(self._gateway.generation.run(), name="cancellations"),
                 ]
                 await self._stopping.wait()
                 await self._drain()
                 await runner.cleanup()
                 await self._flush()
-                for task in background:
-                    task.cancel()
+                await _end(background)
         finally:
             await runner.cleanup()
 
@@ -107,3 +108,16 @@ class GatewayService:
                 await self._gateway.generation.flush()
         except TimeoutError:
             log.warning("not everything that was abandoned could be cancelled")
+
+
+async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they have ended.
+
+    Once is not enough below Python 3.12: `asyncio.wait_for`, which the Redis client uses, forgets
+    a cancellation that comes at the moment at which its wait is over.
+    """
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=0.1)

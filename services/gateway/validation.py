@@ -21,6 +21,7 @@ MAX_GUIDANCE_SCALE = 50.0
 MAX_PRIORITY = 100
 MAX_DEADLINE_MS = 86_400_000
 _MAX_ECHO = 40
+_MAX_UNKNOWN = 10
 _NO_NUL = r"^[^\x00]*$"
 
 
@@ -142,16 +143,21 @@ def parse_body(payload: bytes) -> GenerationBody:
         raise InvalidRequestError("The body is not UTF-8, or holds an endless number.") from error
     if not isinstance(value, dict):
         raise InvalidRequestError(f"The body is {_name(value)}.", allowed="a JSON object")
+    known = {name: value[name] for name in value if name in GenerationBody.model_fields}
+    unknown = [name for name in value if name not in known][:_MAX_UNKNOWN]
     try:
-        return GenerationBody.model_validate(value)
+        return GenerationBody.model_validate({**dict.fromkeys(map(_printable, unknown)), **known})
     except ValidationError as error:
         raise _explain(error, value) from error
 
 
 def unknown_fields(body: GenerationBody) -> tuple[str, ...]:
-    """Names of the body's keys that mean nothing here, at most ten, printable."""
-    names = sorted(body.model_extra or {})[:10]
-    return tuple(name[:64].encode("ascii", "backslashreplace").decode() for name in names)
+    """Names of the body's keys that mean nothing here; the first ten, printable."""
+    return tuple(body.model_extra or ())
+
+
+def _printable(name: str) -> str:
+    return name.encode("ascii", "backslashreplace").decode()[:64]
 
 
 def allowed_values(field: str) -> str:
