@@ -15,7 +15,7 @@ from torch import Tensor
 
 from services.vae_worker.chunk_plan import Chunk, ChunkPlan, Granularity, Unit, plan_chunks
 from services.vae_worker.decoder_stages import NormConv, Stage, Strippable, read_stages
-from services.vae_worker.strips import FeatureMap, GroupStatistics, merge_moments
+from services.vae_worker.strips import FeatureMap, GroupStatistics, add_residual, merge_moments
 from shared.errors import ConfigurationError
 
 __all__ = ["Chunk", "ChunkPlan", "Granularity", "Unit", "decode_chunks", "plan_chunks"]
@@ -93,10 +93,8 @@ class _Decode:
             if stage.shortcut is not None:
                 self._residual.append(stage.shortcut(self._source.rows(*rows)))
             if stage.closes_residual:
-                features += self._residual.rows(*rows)
+                features = add_residual(features, self._residual.rows(*rows), stage.divisor)
                 self._residual.release(unit.end_row)
-                if stage.divisor != 1.0:
-                    features /= stage.divisor
         if isinstance(stage, Strippable):
             self._source.release(stage.first_source_row(unit.end_row))
         self.output.append(features, with_moments=self._next_needs_moments(unit.stage))

@@ -177,11 +177,28 @@ def normalise(strip: Tensor, norm: nn.GroupNorm, statistics: GroupStatistics) ->
 
 
 def activate(activation: Any, hidden_states: Tensor) -> Tensor:
-    """The activation, in place where that is the library's result bit for bit (SiLU)."""
-    if isinstance(activation, nn.SiLU):
+    """The activation, in place where that gives the library's bits (SiLU)."""
+    if isinstance(activation, nn.SiLU) and not _is_one_pixel(hidden_states):
         return functional.silu(hidden_states, inplace=True)
     result: Tensor = activation(hidden_states)
     return result
+
+
+def add_residual(hidden_states: Tensor, residual: Tensor, divisor: float) -> Tensor:
+    """`(residual + hidden_states) / divisor`, in place where that gives the library's bits."""
+    if _is_one_pixel(hidden_states):
+        return (residual + hidden_states) / divisor
+    hidden_states += residual
+    return hidden_states if divisor == 1.0 else hidden_states.div_(divisor)
+
+
+def _is_one_pixel(hidden_states: Tensor) -> bool:
+    """Whether strides say nothing of the memory format.
+
+    An operator that makes a new tensor then chooses other strides than it was given, and the
+    library's next kernels follow them: working in place would give other bits.
+    """
+    return hidden_states.shape[2:] == (1, 1)
 
 
 def normalised_rows(
