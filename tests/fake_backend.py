@@ -66,7 +66,7 @@ def make_worker(kind: str, model: ModelInfo = MODEL, *, number: int = 0) -> Work
     )
 
 
-async def register(redis: Redis, worker: WorkerInfo, *, ttl_ms: int = 60_000) -> None:
+async def register(redis: Redis, worker: WorkerInfo, *, ttl_ms: int = 600_000) -> None:
     """One heartbeat."""
     name = worker.incarnation
     await script(redis, "heartbeat")(
@@ -80,7 +80,7 @@ async def register(redis: Redis, worker: WorkerInfo, *, ttl_ms: int = 60_000) ->
     )
 
 
-async def write_status(redis: Redis, queue: list[str], *, ttl_s: int = 60) -> None:
+async def write_status(redis: Redis, queue: list[str], *, ttl_s: int = 600) -> None:
     """What a scheduler writes every second."""
     await redis.set(keys.STATUS, codec.encode_value({"queue": queue}), ex=ttl_s)
 

@@ -122,7 +122,7 @@ async def _stream(request: web.Request, gateway: Gateway, sent: Submission) -> w
         return response  # The client is gone: leaving cancels its request.
     except Exception as error:  # noqa: BLE001 - the head is sent: an event has to say it
         answer = from_exception(error)
-        log.warning("stream failed", request_id=request_id, code=answer.code, error=str(error))
+        log.warning("stream failed", request_id=request_id, code=answer.code, reason=answer.message)
         detail = replies.ErrorReply(error=answer.detail).model_dump_json()
         await response.write(f"data: {detail}\n\n".encode())
     await response.write_eof()
