@@ -42,8 +42,8 @@ class WindowRule:
     max_decode_wait_s: float = 3.0
     chunking: bool = True
     skip: bool = True
-    skip_price: float = 1.0
-    batchmate_weight: float = 0.25
+    skip_price: float = 0.5
+    batchmate_weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

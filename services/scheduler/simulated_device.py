@@ -1,0 +1,115 @@
+"""How long things take on a simulated device, from its profile; and how its worker would skip.
+
+While a slot and a chunk are in flight together each goes at the rate that the profile's beside
+kinds give; alone, at its own. Where a profile knows nothing of a combination the two are taken to
+share the device evenly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import floor
+
+from services.scheduler.profile import Profile, SlotKind, interpolate
+
+EVEN_SHARE = 2.0
+"""How much slower each of two goes that share a device of which nothing else is known."""
+
+THREAD_EXPONENT = 0.85
+"""A step on 1/n of the threads takes n to this power as long, where that was not measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Durations in ms, the other side idle and the other side always busy."""
+
+    alone_ms: float
+    beside_ms: float
+
+
+def slot_rates(
+    profile: Profile, size: str, rows: int, *, unet_threads: int, vae_threads: int
+) -> Rates:
+    """Of a slot of so many rows."""
+    alone_ms = _alone_ms(profile, size, rows, unet_threads)
+    kind = _beside_kind(profile, unet_threads, vae_threads)
+    if kind is None:
+        return Rates(alone_ms=alone_ms, beside_ms=EVEN_SHARE * alone_ms)
+    step_ms, chunks_ms = profile.slot_ms(size, rows, kind)
+    if chunks_ms >= step_ms:
+        return Rates(alone_ms=alone_ms, beside_ms=max(step_ms, alone_ms))
+    # The chunks were over before the step was: the rest of it ran at the rate of alone.
+    done_beside = 1 - (step_ms - chunks_ms) / alone_ms
+    beside_ms = chunks_ms / done_beside if done_beside > 0 else EVEN_SHARE * alone_ms
+    return Rates(alone_ms=alone_ms, beside_ms=max(beside_ms, alone_ms))
+
+
+def chunk_rates(
+    profile: Profile, size: str, index: int, *, unet_threads: int, vae_threads: int
+) -> Rates:
+    """Of one chunk of a decode."""
+    timing = profile.decode(size)
+    if timing is None:
+        return Rates(alone_ms=1.0, beside_ms=EVEN_SHARE)
+    at_best_ms = chunk_ms = timing.chunk_ms[min(index, len(timing.chunk_ms) - 1)]
+    if vae_threads and timing.threads > vae_threads:
+        chunk_ms *= (timing.threads / vae_threads) ** THREAD_EXPONENT
+    kind = _beside_kind(profile, unet_threads, vae_threads)
+    if kind is None:
+        return Rates(alone_ms=chunk_ms, beside_ms=EVEN_SHARE * chunk_ms)
+    _, chunks_ms = profile.slot_ms(size, profile.knee(size), kind)
+    own = sum(timing.chunk_ms) / len(timing.chunk_ms)
+    stretch = chunks_ms / kind.chunks / own
+    return Rates(alone_ms=chunk_ms, beside_ms=max(at_best_ms * stretch, chunk_ms))
+
+
+def _alone_ms(profile: Profile, size: str, rows: int, threads: int) -> float:
+    for timing in profile.slots:
+        is_it = timing.kind.chunks == 0 and timing.kind.unet_threads == threads
+        if is_it and timing.key == size:
+            return interpolate(timing.step_ms, rows)
+    kind = profile.alone_kind(size)
+    alone_ms, _ = profile.slot_ms(size, rows, kind)
+    if threads and kind.unet_threads > threads:
+        return alone_ms * float((kind.unet_threads / threads) ** THREAD_EXPONENT)
+    return alone_ms
+
+
+def _beside_kind(profile: Profile, unet_threads: int, vae_threads: int) -> SlotKind | None:
+    """The kind of those threads whose chunks overlap most."""
+    kinds = [
+        timing.kind
+        for timing in profile.slots
+        if timing.kind.chunks
+        and (timing.kind.unet_threads, timing.kind.vae_threads) == (unet_threads, vae_threads)
+    ]
+    return max(kinds, key=lambda kind: kind.chunks, default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkipPattern:
+    """When a simulated worker lets a step be skipped: by gaps that grow along the trajectory.
+
+    The real worker also measures its error and refreshes difficult pictures more often; that is
+    not simulated. Lengths are fractions of the trajectory.
+    """
+
+    warm_up: float
+    first_gap: float
+    gap_growth: float
+    max_gap: float
+
+    def steps_allowed(self, last_full: int, num_steps: int) -> int:
+        """How many steps in a row may be skipped behind a full one."""
+        if last_full < 1 or last_full + 1 < self.warm_up * num_steps:
+            return 0
+        gap = min(
+            self.first_gap * num_steps + self.gap_growth * last_full, self.max_gap * num_steps
+        )
+        return max(floor(gap + 1e-9) - 1, 0)
+
+
+SKIP_PATTERNS = {
+    "balanced": SkipPattern(warm_up=0.12, first_gap=0.052, gap_growth=0.25, max_gap=0.16),
+    "fast": SkipPattern(warm_up=0.08, first_gap=0.06, gap_growth=0.35, max_gap=0.24),
+}
