@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from statistics import mean
+from statistics import fmean
 
 from services.scheduler.drift import ALONE, BESIDE, CHUNKS
 from services.scheduler.state import Request, UnetWorker
@@ -45,7 +45,7 @@ def note_chunks(request: Request, event: ChunksDecoded, unets: Iterable[UnetWork
         timing = unet.profile.decode(request.batch_key.size)
         if timing is None or not request.has_gap:
             continue
-        predicted_ms = count * mean(timing.chunk_ms) * unet.drift.factor(CHUNKS)
+        predicted_ms = count * fmean(timing.chunk_ms) * unet.drift.factor(CHUNKS)
         unet.drift = unet.drift.after(
             CHUNKS, predicted_ms=predicted_ms, measured_ms=event.duration_ms
         )

@@ -15,7 +15,7 @@ from services.scheduler.placement import (
     loads,
     soonest_finish_ms,
 )
-from services.scheduler.policy import Decode, Grant, GroupView, Plan, Policy
+from services.scheduler.policy import MAX_SLOTS_IN_FLIGHT, Decode, Grant, GroupView, Plan, Policy
 from services.scheduler.state import Request, SlotInFlight, Stage, UnetWorker, VaeWorker
 from shared import keys, messages
 
@@ -182,7 +182,7 @@ class Dispatch:
         num_waiting: float,
         now: float,
     ) -> None:
-        while True:
+        while self._policy.grants_at_once or len(unet.slots) < MAX_SLOTS_IN_FLIGHT:
             plan = self._policy.plan(self._view(unet, residents, pending, num_waiting, now))
             self._carry_out(unet, plan)
             if not plan.rows:

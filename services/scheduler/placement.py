@@ -68,13 +68,17 @@ def choose_unet(
     factor: a worker's rows may reach so many knees.
     """
     best, best_ms = None, inf
+    own_ms: dict[int, float] = {}
     for name, unet in sorted(unets.items()):
         load = held[name]
         knee = max(MIN_ROWS, unet.profile.knee(request.batch_key.size))
         has_room = load.num_requests < unet.info.max_requests and load.rows < factor * knee
         if unet.is_draining or not has_room or unet.info.model_id != request.batch_key.model:
             continue
-        finish_ms = load.work_ms + service_ms(request, unet)
+        # Workers alike share one profile.
+        if id(unet.profile) not in own_ms:
+            own_ms[id(unet.profile)] = service_ms(request, unet)
+        finish_ms = load.work_ms + own_ms[id(unet.profile)]
         if finish_ms < best_ms:
             best, best_ms = name, finish_ms
     return best

@@ -27,7 +27,7 @@ from math import ceil, inf
 import numpy as np
 from numpy.typing import NDArray
 
-NUM_BUCKETS = 48
+NUM_BUCKETS = 32
 """Of the slack between the shortest sequence and the budget."""
 
 EPSILON = 1e-9
@@ -171,6 +171,8 @@ def _costs_to_go(model: Model) -> list[NDArray[np.float64]]:
         heights.append(min(reach, heights[-1] + max(option.chunks for option in stage)))
     end = np.array(model.tail)[: heights[-1] + 1, None]
     costs = [np.repeat(end, model.num_buckets + 1, axis=1)]
+    # Stages share options, so what an option adds is worked out once.
+    own_costs: dict[int, NDArray[np.float64]] = {}
     for stage, excess, height in zip(
         reversed(model.stages), reversed(model.excess), reversed(heights[:-1]), strict=True
     ):
@@ -184,8 +186,10 @@ def _costs_to_go(model: Model) -> list[NDArray[np.float64]]:
             source = following[
                 option.chunks : option.chunks + rows, : model.num_buckets + 1 - taken
             ]
-            own = unfinished[:rows] * option.ms + option.price
-            np.minimum(target, source + own, out=target)
+            own = own_costs.get(id(option))
+            if own is None:
+                own = own_costs[id(option)] = unfinished * option.ms + option.price
+            np.minimum(target, source + own[:rows], out=target)
         costs.append(least)
     costs.reverse()
     return costs

@@ -102,7 +102,16 @@ WAIT = Plan()
 
 
 class Policy(Protocol):
-    """One way to serve. admission_factor: resident rows may reach this many knees."""
+    """One way to serve.
+
+    admission_factor: resident rows may reach this many knees. grants_at_once: it may grant chunks
+    while no slot can be sent; others need not be asked then.
+    """
+
+    @property
+    def grants_at_once(self) -> bool:
+        """See the class."""
+        ...
 
     @property
     def admission_factor(self) -> int:
@@ -131,6 +140,11 @@ class WithoutThreshold:
 
     max_rows: int = 0
     skips: bool = False
+
+    @property
+    def grants_at_once(self) -> bool:
+        """Decodes are not bound to slots."""
+        return True
 
     @property
     def admission_factor(self) -> int:

@@ -16,7 +16,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from statistics import mean
+from statistics import fmean
 
 from shared.messages import WorkerInfo
 
@@ -144,6 +144,18 @@ class Profile:
     def _knees(self) -> dict[str, int]:
         return {}
 
+    @cached_property
+    def _kinds(self) -> dict[str, tuple[SlotKind, ...]]:
+        return {}
+
+    @cached_property
+    def _alone_kinds(self) -> dict[str, SlotKind]:
+        return {}
+
+    @cached_property
+    def _decodes(self) -> dict[str, DecodeTiming]:
+        return {}
+
     def knee(self, key: str) -> int:
         """The smallest batch that is nearly as fast per row, alone, as any measured."""
         if key not in self._knees:
@@ -156,14 +168,21 @@ class Profile:
 
     def kinds(self, key: str) -> tuple[SlotKind, ...]:
         """The slot kinds on offer for a picture size; of threads by default only if no other."""
-        nearest = self._nearest(key, [timing.key for timing in self.slots])
-        kinds = sorted({timing.kind for timing in self.slots if timing.key == nearest})
-        return tuple(kind for kind in kinds if kind.unet_threads) or tuple(kinds)
+        if key not in self._kinds:
+            nearest = self._nearest(key, [timing.key for timing in self.slots])
+            kinds = sorted({timing.kind for timing in self.slots if timing.key == nearest})
+            named = tuple(kind for kind in kinds if kind.unet_threads)
+            self._kinds[key] = named or tuple(kinds)
+        return self._kinds[key]
 
     def alone_kind(self, key: str) -> SlotKind:
         """The fastest kind with no chunk beside it."""
-        alone = [kind for kind in self.kinds(key) if kind.chunks == 0]
-        return min(alone, key=lambda kind: min(self._timings(key, kind)[0].values()))
+        if key not in self._alone_kinds:
+            alone = [kind for kind in self.kinds(key) if kind.chunks == 0]
+            self._alone_kinds[key] = min(
+                alone, key=lambda kind: min(self._timings(key, kind)[0].values())
+            )
+        return self._alone_kinds[key]
 
     def beside_kinds(self, key: str) -> tuple[SlotKind, ...]:
         """The kinds with chunks beside the slot."""
@@ -182,6 +201,11 @@ class Profile:
         """The fastest decode alone of that size, scaled by pixels from the nearest one."""
         if not self.decodes:
             return None
+        if key not in self._decodes:
+            self._decodes[key] = self._decode(key)
+        return self._decodes[key]
+
+    def _decode(self, key: str) -> DecodeTiming:
         nearest = self._nearest(key, [timing.key for timing in self.decodes])
         same_key = [timing for timing in self.decodes if timing.key == nearest]
         named = [timing for timing in same_key if timing.threads] or same_key
@@ -239,7 +263,7 @@ def profile_in_short(unet: WorkerInfo, vaes: Sequence[WorkerInfo]) -> Profile:
     model = unet.model
     key = make_key(model.default_height, model.default_width) if model else "512x512"
     decodes = [vae for vae in vaes if vae.decode_ms > 0]
-    decode_ms = mean(vae.decode_ms for vae in decodes) if decodes else 0.0
+    decode_ms = fmean(vae.decode_ms for vae in decodes) if decodes else 0.0
     num_chunks = min((vae.num_chunks for vae in decodes), default=1)
     timing = DecodeTiming(
         key=key,

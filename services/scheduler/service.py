@@ -179,12 +179,12 @@ class SchedulerService:
     # --- events and commands --------------------------------------------------------------------
 
     async def _handle(self, events: Sequence[Message]) -> None:
-        commands: list[Command] = []
+        if not events:
+            return
         for event in events:
             if isinstance(event, ImageDecoded):
                 self._count_finished(event)
-            commands += self._core.on_event(cast("Any", event), time.time())
-        await self._execute(commands)
+        await self._execute(self._core.on_events(cast("Any", events), time.time()))
 
     async def _execute(self, commands: Sequence[Command]) -> None:
         """Attempts are named before anything of theirs is sent; sends keep their order."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from statistics import mean
+from statistics import fmean
 
 from services.scheduler.drift import ALONE, BESIDE, CHUNKS, Drift
 from services.scheduler.packing import Batch, may_skip_next, skip_credits
 from services.scheduler.planner import Option, Problem
 from services.scheduler.policy import Decode, GroupView
 from services.scheduler.profile import Profile, SlotKind
-from services.scheduler.state import Request
+from services.scheduler.state import BatchKey, Request
 
 GAP_COUNTS = (1, 2, 4)
 """Chunks on offer in a gap, besides what is left of the first decodes."""
@@ -46,6 +46,9 @@ class WindowRule:
     batchmate_weight: float = 1.0
 
 
+_Kinds = dict[int, SlotKind]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
     """A problem and the things its numbers stand for.
@@ -59,7 +62,7 @@ class Window:
     problem: Problem
     decodes: tuple[Decode, ...]
     skippable: tuple[Request, ...]
-    kinds: dict[int, SlotKind]
+    kinds: _Kinds
     alone_ms: float
     first_alone_ms: float
     past_ms: float
@@ -79,19 +82,25 @@ def make_window(view: GroupView, batches: Sequence[Batch], rule: WindowRule) -> 
     gap = _gap_options(decodes, chunk_ms, rule, is_forced=is_forced)
     stages: list[tuple[Option, ...]] = []
     skippable: tuple[Request, ...] = ()
-    kinds: dict[int, SlotKind] = {}
+    kinds: _Kinds = {}
     alone = []
+    built: dict[tuple[BatchKey, int, int, float], tuple[tuple[Option, ...], _Kinds]] = {}
+    num_running = sum(one.has_forwards_left for one in view.requests)
     for i, batch in enumerate(batches):
         candidates = _skip_candidates(view, batch, i, rule)
-        options, slot_kinds = _slot_options(
-            times,
-            batch,
-            candidates,
-            decodes,
-            chunk_ms=chunk_ms,
-            num_waiting=_num_waiting(view, batch, rule),
-            rule=rule,
-        )
+        num_waiting = _num_waiting(view, num_running, batch, rule)
+        alike = (batch.key, batch.rows, len(candidates), num_waiting)
+        if alike not in built:
+            built[alike] = _slot_options(
+                times,
+                batch,
+                candidates,
+                decodes,
+                chunk_ms=chunk_ms,
+                num_waiting=num_waiting,
+                rule=rule,
+            )
+        options, slot_kinds = built[alike]
         if i == 0:
             skippable, kinds = tuple(request for request, _ in candidates), slot_kinds
         stages += [gap, options]
@@ -132,7 +141,7 @@ class _Times:
     def mean_chunk_ms(self, decodes: Sequence[Decode]) -> float:
         if not decodes:
             return 0.0
-        return mean(one.chunk_ms for one in decodes) * self.drift.factor(CHUNKS)
+        return fmean(one.chunk_ms for one in decodes) * self.drift.factor(CHUNKS)
 
     def beside_ms(self, size: str, rows: int, kind: SlotKind, chunks: int, weight: float) -> float:
         """Of a slot with `chunks` of `weight` times the size's own beside it: the longer side.
@@ -149,7 +158,7 @@ class _Times:
     def chunk_weight(self, size: str, chunk_ms: float) -> float:
         """A pending chunk in terms of one of the slot's own picture size."""
         own = self.profile.decode(size)
-        own_ms = mean(own.chunk_ms) * self.drift.factor(CHUNKS) if own else 0.0
+        own_ms = fmean(own.chunk_ms) * self.drift.factor(CHUNKS) if own else 0.0
         return chunk_ms / own_ms if own_ms else 1.0
 
 
@@ -176,7 +185,7 @@ def _gap_options(
     decodes: Sequence[Decode], chunk_ms: float, rule: WindowRule, *, is_forced: bool
 ) -> tuple[Option, ...]:
     whole = tuple(accumulate(islice((one.remaining for one in decodes), 2)))
-    counts = set(whole) | (set(GAP_COUNTS) if rule.chunking else set())
+    counts = {whole[0], *GAP_COUNTS} if rule.chunking and whole else set(whole)
     if is_forced:
         counts = set(whole[:1])
     nothing = Option(chunks=0, skips=0, ms=0.0)
@@ -213,9 +222,9 @@ def _skip_candidates(
     return candidates
 
 
-def _num_waiting(view: GroupView, batch: Batch, rule: WindowRule) -> float:
+def _num_waiting(view: GroupView, num_running: int, batch: Batch, rule: WindowRule) -> float:
     """Whom a shorter slot serves: those who wait for the UNet, and a little its other requests."""
-    others = sum(one.has_forwards_left for one in view.requests) - len(batch.requests)
+    others = num_running - len(batch.requests)
     return view.num_waiting + max(others, 0) + rule.batchmate_weight * (len(batch.requests) - 1)
 
 
@@ -228,7 +237,7 @@ def _slot_options(
     chunk_ms: float,
     num_waiting: float,
     rule: WindowRule,
-) -> tuple[tuple[Option, ...], dict[int, SlotKind]]:
+) -> tuple[tuple[Option, ...], _Kinds]:
     """Every (chunks beside, skips) on offer; and the fastest kind for each number of chunks."""
     size = batch.key.size
     full_ms = times.alone_ms(size, batch.rows)
@@ -262,4 +271,12 @@ def _slot_options(
             options.append(
                 Option(chunks=count, skips=skips, ms=ms, price=saved_ms * (price - num_waiting))
             )
-    return tuple(options), kinds
+    return tuple(one for one in options if not _is_beaten(one, options)), kinds
+
+
+def _is_beaten(option: Option, others: Sequence[Option]) -> bool:
+    """Whether another does as many chunks in less time and for a lower price."""
+    return any(
+        other.chunks == option.chunks and other.ms < option.ms and other.price < option.price
+        for other in others
+    )

@@ -43,6 +43,11 @@ class SynerDiff:
     max_decode_wait_s: float = 3.0
 
     @property
+    def grants_at_once(self) -> bool:
+        """Chunks go with slots, or into gaps that no slot is queued behind."""
+        return False
+
+    @property
     def admission_factor(self) -> int:
         """So that a full slot never waits for a prompt."""
         return 2
