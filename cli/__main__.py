@@ -53,6 +53,12 @@ add_lazy_command(
 )
 add_lazy_command(
     app,
+    name="simulate",
+    target="cli.simulate:simulate",
+    summary="Serve made-up arrivals with the real scheduler on simulated devices.",
+)
+add_lazy_command(
+    app,
     name="train-emoji",
     target="cli.train_emoji:train_emoji",
     summary="Train the embedded model again, from nothing.",

@@ -1,0 +1,161 @@
+"""`synerdiff simulate`: the scheduler's own core against a profile, without any worker."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from services.scheduler.arrivals import (
+    PATTERNS,
+    Arrival,
+    Mix,
+    format_trace,
+    make_arrivals,
+    parse_trace,
+)
+from services.scheduler.policies import POLICY_NAMES, PolicyOptions, make_policy
+from services.scheduler.profile import Profile
+from services.scheduler.profile_file import parse_profile
+from services.scheduler.simulation_log import SimulationLog
+from services.scheduler.simulator import Simulation, SimulationSettings
+from services.scheduler.threshold import ThresholdRule
+from shared.errors import ConfigurationError
+
+ASSUMED = Path("profiles/assumed/a100-sd15.json")
+
+THRESHOLD_RULES = {
+    "stepwise": ThresholdRule(),
+    "stepwise, at most 0.85": ThresholdRule(max_value=0.85),
+    "reversed": ThresholdRule(is_reversed=True),
+    "fixed at 0.8": ThresholdRule(is_adaptive=False),
+    "fixed at 0.3": ThresholdRule(is_adaptive=False, first_value=0.3),
+}
+EXPERIMENTS = {"step": "load step of 3 x and back", "bursty": "bursts", "ramp": "slow ramp"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A simulation that is over, under the name that its curve has."""
+
+    name: str
+    log: SimulationLog
+    figures: dict[str, Any]
+
+
+def simulate(
+    profile: Annotated[Path, typer.Option(help="A profile's file.")] = ASSUMED,
+    policy: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(POLICY_NAMES)}; may be repeated.")
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Requests a second, on average.", min=0.001)] = 2.0,
+    duration: Annotated[float, typer.Option(help="Seconds of arrivals.", min=1)] = 120.0,
+    pattern: Annotated[str, typer.Option(help=f"Of {', '.join(PATTERNS)}.")] = "poisson",
+    trace: Annotated[
+        Path | None, typer.Option(help="Replay the arrivals in this file instead.")
+    ] = None,
+    save_trace: Annotated[Path | None, typer.Option(help="Write the arrivals there.")] = None,
+    groups: Annotated[int, typer.Option(help="Device groups.", min=1)] = 1,
+    vaes: Annotated[int, typer.Option(help="VAE workers on each device.", min=1)] = 1,
+    skip: Annotated[
+        bool, typer.Option(help="Let every policy skip guidance, not synerdiff alone.")
+    ] = False,
+    experiment: Annotated[
+        str, typer.Option(help="'threshold' compares the threshold's rules under three loads.")
+    ] = "",
+    output: Annotated[
+        Path | None, typer.Option(help="Where the report (.json) and its plots (.png) go.")
+    ] = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Serve arrivals with the real scheduler on simulated devices; the figures as JSON."""
+    known = parse_profile(_read(profile), name=str(profile))
+    settings = SimulationSettings(num_groups=groups, vaes_per_group=vaes, seed=seed)
+    if experiment == "threshold":
+        return _compare_thresholds(known, settings, rate, duration, output)
+    if experiment:
+        raise ConfigurationError(f"--experiment is {experiment!r}; it should be 'threshold'")
+    arrivals = (
+        parse_trace(_read(trace), name=str(trace))
+        if trace
+        else make_arrivals(pattern, rate=rate, duration_s=duration, mix=Mix(), seed=seed)
+    )
+    if save_trace:
+        save_trace.write_text(format_trace(arrivals))
+    runs = []
+    for name in policy or ["synerdiff"]:
+        if name not in POLICY_NAMES:
+            raise ConfigurationError(f"--policy {name} should be one of {', '.join(POLICY_NAMES)}")
+        options = PolicyOptions(skip=True if skip else None)
+        runs.append(_run(name, name, options, known, arrivals, settings))
+    report: dict[str, Any] = {
+        "profile": {"model_id": known.model_id, "source": known.source},
+        "is_simulated": True,
+        "policies": {run.name: run.figures for run in runs},
+    }
+    if output:
+        _write(output, report, runs)
+    return report
+
+
+def _run(
+    name: str,
+    policy: str,
+    options: PolicyOptions,
+    profile: Profile,
+    arrivals: list[Arrival],
+    settings: SimulationSettings,
+) -> Run:
+    log = Simulation(profile, make_policy(policy, options), arrivals, settings).run()
+    return Run(name=name, log=log, figures=log.summary())
+
+
+def _compare_thresholds(
+    profile: Profile,
+    settings: SimulationSettings,
+    rate: float,
+    duration: float,
+    output: Path | None,
+) -> dict[str, Any]:
+    """The rules' direction against the other one and against thresholds that rest."""
+    report: dict[str, Any] = {
+        "profile": {"model_id": profile.model_id, "source": profile.source},
+        "is_simulated": True,
+    }
+    for pattern in EXPERIMENTS:
+        arrivals = make_arrivals(
+            pattern, rate=rate, duration_s=duration, mix=Mix(), seed=settings.seed
+        )
+        runs = [
+            _run(name, "synerdiff", PolicyOptions(rule=rule), profile, arrivals, settings)
+            for name, rule in THRESHOLD_RULES.items()
+        ]
+        report[pattern] = {run.name: run.figures for run in runs}
+        if output:
+            path = output.with_name(f"{output.stem}-{pattern}{output.suffix}")
+            _write(path, report[pattern], runs)
+    if output:
+        output.write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise ConfigurationError(f"{path} can't be read: {error.strerror}") from error
+
+
+def _write(path: Path, report: dict[str, Any], runs: list[Run]) -> None:
+    """The report and, where matplotlib is there, its plot beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    try:
+        from bench.simulation_plot import plot_runs  # noqa: PLC0415  plots are an extra
+    except ModuleNotFoundError:
+        typer.echo("no plot: it needs pip install 'synerdiff[dev]'", err=True)
+        return
+    plot_runs(path.with_suffix(".png"), {run.name: run.log for run in runs})

@@ -1,0 +1,162 @@
+"""What plans, admission and the simulator promise, told one case at a time."""
+
+from __future__ import annotations
+
+import pytest
+from scheduler_world import World, make_request
+
+from services.scheduler.arrivals import Mix, format_trace, make_arrivals, parse_trace
+from services.scheduler.policies import POLICY_NAMES, PolicyOptions, make_policy
+from services.scheduler.profile import profile_in_short
+from services.scheduler.simulator import Simulation, SimulationSettings
+from services.scheduler.threshold import Stretches, Threshold, ThresholdRule
+from shared import messages
+
+
+def a_world(policy: str = "synerdiff", options: PolicyOptions | None = None) -> World:
+    world = World(policy=policy, options=options or PolicyOptions())
+    world.start_worker("unet", "unet-0")
+    world.start_worker("vae", "vae-0")
+    settle(world)
+    return world
+
+
+def settle(world: World) -> None:
+    while world.mail:
+        world.deliver()
+
+
+def test_a_decode_waits_no_longer_than_its_bound_whatever_the_threshold() -> None:
+    rule = ThresholdRule(min_value=1.0, first_value=1.0, is_adaptive=False)
+    world = a_world(options=PolicyOptions(rule=rule, max_decode_wait_s=2.0, skip=False))
+    world.submit(make_request("short", steps=1))
+    for number in range(4):
+        world.submit(make_request(f"long{number}", steps=200))
+    settle(world)
+    for _ in range(60):
+        for name, unet in world.unets.items():
+            if unet.slots:
+                world.run_slot(name)
+        for vae in world.vaes:
+            for request_id in world.decodable(vae):
+                world.decode(vae, request_id)
+        settle(world)
+        world.tick(0.1)
+        if "short" in world.final:
+            break
+    assert world.final["short"] == "done"
+    assert world.now <= 2.0 + 5 * 0.1 + 0.5
+
+
+def test_owners_take_turns_at_admission() -> None:
+    world = a_world()
+    for number in range(20):
+        world.submit(make_request(f"greedy{number}", steps=50, owner="greedy"))
+    world.submit(make_request("modest", steps=50, owner="modest", submitted_at=0.001))
+    assert world.core.queue_order(world.now)[0] == "modest"
+
+
+def test_an_earlier_deadline_goes_first_within_a_priority() -> None:
+    world = a_world()
+    for number in range(20):
+        world.submit(make_request(f"full{number}", steps=50, owner="x"))
+    world.submit(make_request("whenever", steps=5, owner="y"))
+    world.submit(make_request("soon", steps=5, owner="y", deadline_ms=60_000))
+    order = [name for name in world.core.queue_order(world.now) if not name.startswith("full")]
+    assert order == ["soon", "whenever"]
+
+
+def test_a_deadline_that_nobody_could_keep_is_refused_and_not_dropped() -> None:
+    world = a_world()
+    world.submit(make_request("hopeless", steps=50, deadline_ms=20))
+    assert world.final == {"hopeless": "failed"}
+
+
+def test_a_picture_that_comes_late_says_so() -> None:
+    world = a_world()
+    world.submit(make_request("late", steps=3, deadline_ms=1_000))
+    settle(world)
+    world.now += 5.0
+    for _ in range(3):
+        for name in list(world.unets):
+            if world.unets[name].slots:
+                world.run_slot(name)
+        settle(world)
+    decodes = [one for vae in world.vaes.values() for one in vae.decodes.values()]
+    assert any("deadline" in text for text in decodes[0].command.warnings)
+
+
+def test_one_request_alone_skips_nothing() -> None:
+    world = a_world()
+    world.submit(make_request("alone", steps=12, guidance_skip="fast"))
+    settle(world)
+    seen = []
+    for _ in range(12):
+        for name in list(world.unets):
+            if world.unets[name].slots:
+                seen += [row.skip for row in world.unets[name].slots[0].rows]
+                world.run_slot(name)
+        settle(world)
+    assert seen
+    assert not any(seen)
+
+
+def test_a_lost_group_s_requests_go_on_elsewhere() -> None:
+    world = a_world()
+    world.start_worker("unet", "unet-1", group="other")
+    settle(world)
+    for number in range(6):
+        world.submit(make_request(f"r{number}", steps=5))
+    settle(world)
+    held = {unet.info.worker_id: set(unet.held) for unet in world.unets.values()}
+    assert all(held.values())
+    world.kill_worker(next(name for name in world.unets if name.startswith("unet-1")))
+    world.run_until_quiet()
+    assert set(world.final.values()) == {"done"}
+
+
+def test_the_threshold_steps_to_its_limits_and_rests_in_between() -> None:
+    rule = ThresholdRule()
+    threshold = Threshold(value=rule.first_value)
+    values = []
+    for _ in range(400):
+        threshold = threshold.after_slot(rule, Stretches(unet=9.0, vae=1.0))
+        values.append(threshold.value)
+    assert values == sorted(values)
+    assert values[-1] == rule.max_value
+    even = threshold
+    for _ in range(100):
+        even = even.after_slot(rule, Stretches(unet=2.0, vae=2.2))
+    assert even.value == threshold.value
+    for _ in range(400):
+        threshold = threshold.after_slot(rule, Stretches(unet=0.0, vae=9.0))
+    assert threshold.value == rule.min_value
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+def test_a_simulation_serves_everything_and_repeats_itself(policy: str) -> None:
+    unet, vae = (next(iter(workers.values())).info for workers in (a_world().unets, a_world().vaes))
+    profile = profile_in_short(unet, [vae])
+    arrivals = make_arrivals("poisson", rate=6.0, duration_s=3.0, mix=Mix(), seed=3)
+    settings = SimulationSettings(num_groups=2)
+    first = Simulation(profile, make_policy(policy), arrivals, settings).run().summary()
+    assert first["finished"] == len(arrivals)
+    assert first == Simulation(profile, make_policy(policy), arrivals, settings).run().summary()
+
+
+def test_a_trace_survives_its_file() -> None:
+    arrivals = make_arrivals("bursty", rate=2.0, duration_s=20.0, mix=Mix(), seed=1)
+    assert parse_trace(format_trace(arrivals)) == arrivals
+
+
+def test_a_serial_decode_is_granted_all_its_chunks_once() -> None:
+    world = a_world("continuous-serial")
+    world.submit(make_request("one", steps=1))
+    world.run_until_quiet()
+    grants = [
+        command.message
+        for _, _, commands in world.log
+        for command in commands
+        if isinstance(getattr(command, "message", None), messages.GrantChunks)
+    ]
+    assert sum(grant.chunks for grant in grants) == 4
