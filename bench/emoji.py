@@ -49,7 +49,7 @@ def run(
     """Share of names, and of synonyms, whose picture is nearest to the one they stand for."""
     count = captions or (40 if quick else 200)
     references = load_references(model)
-    pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.vae.to(memory_format=torch.channels_last)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from training.emoji_set import Emoji
 
 P_EMPTY = 0.1  # the unconditional share that classifier-free guidance needs
-P_NAME = 0.4
-P_BARE = 0.5
+P_NAME = 0.45
+P_BARE = 0.55
 P_ARTICLE = 0.2  # what is left of 1 is a decoration
 P_DROP_SMALL_WORDS = 0.05
 P_NOISE_WORD = 0.04

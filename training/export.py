@@ -48,7 +48,9 @@ def export_model(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer_files = Path(pipeline.tokenizer.name_or_path)
-    pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+        part.half()
+    pipeline.save_pretrained(folder, safe_serialization=True)
     for name in ("vocab.json", "merges.txt"):
         shutil.copyfile(tokenizer_files / name, folder / "tokenizer" / name)
     _finish_configs(folder)

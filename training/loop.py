@@ -1,4 +1,9 @@
-"""The training loop that every stage shares: resumable, pausable, averaged, data-parallel."""
+"""The training loop that every stage shares: resumable, pausable, averaged, in parallel.
+
+Several processes train as in local SGD (Stich 2019): each takes its own steps on its own batches,
+and every few steps all take the mean of their weights. On cores that others use, too, this loses
+far less to waiting than gradients averaged at every step.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from types import FrameType
 from typing import Any
 
@@ -19,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 LOG_EVERY_STEPS = 50
+SYNC_EVERY_STEPS = 8
 SAVE_EVERY_S = 180.0
 PAUSE_POLL_S = 1.0
 
@@ -119,7 +126,7 @@ def train(
         step = state["step"]
     switch = _PauseSwitch()
     saved_at = logged_at = time.monotonic()
-    total = 0.0
+    losses: list[float] = []
     while step < settings.steps:
         switch.wait()
         for group in optimizer.param_groups:
@@ -127,18 +134,19 @@ def train(
         loss = loss_of(Draws(seed=settings.seed, step=step))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        _average_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
         if math.isfinite(norm):
             optimizer.step()
         step += 1
+        if step % SYNC_EVERY_STEPS == 0 or step == settings.steps:
+            _share_weights(parameters)
         _move_average(average, module, min(settings.average_decay, (1 + step) / (10 + step)))
-        total += loss.item()
+        losses.append(loss.item())
         now = time.monotonic()
         if step % LOG_EVERY_STEPS == 0 and rank_of_process() == 0:
-            pace = (now - logged_at) / LOG_EVERY_STEPS
-            print(f"step {step} loss {total / LOG_EVERY_STEPS:.4f} {pace:.2f} s/step", flush=True)
-            total, logged_at = 0.0, now
+            pace = (now - logged_at) / len(losses)
+            print(f"step {step} loss {fmean(losses):.4f} {pace:.2f} s/step", flush=True)
+            losses, logged_at = [], now
         is_due = now - saved_at > SAVE_EVERY_S or step == settings.steps
         if is_due and rank_of_process() == 0:
             save_checkpoint(
@@ -152,8 +160,8 @@ def train(
             )
             if on_save is not None:
                 on_save(average, step)
-            saved_at = logged_at = time.monotonic()
-            total = 0.0
+            saved_at = time.monotonic()
+            logged_at += saved_at - now  # the pace is that of the steps
     return average
 
 
@@ -163,18 +171,18 @@ def _move_average(average: nn.Module, module: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
 
 
-def _average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Give all processes the mean of their gradients."""
+@torch.no_grad()
+def _share_weights(parameters: list[nn.Parameter]) -> None:
+    """Give all processes the mean of their weights."""
     if num_processes() == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    flat = torch.cat([parameter.flatten() for parameter in parameters])
     dist.all_reduce(flat)
     flat /= num_processes()
     first = 0
-    for gradient in gradients:
-        last = first + gradient.numel()
-        gradient.copy_(flat[first:last].view_as(gradient))
+    for parameter in parameters:
+        last = first + parameter.numel()
+        parameter.copy_(flat[first:last].view_as(parameter))
         first = last
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,9 @@ from training.vae import (
     train_decoder,
     train_vae,
 )
+
+PREVIEW_EVERY_S = 900.0
+PSNR_STRIDE = 5  # a quick look; the export measures all
 
 
 class Stage(enum.StrEnum):
@@ -109,9 +113,7 @@ class Run:
         text_encoder = CLIPTextModel.from_pretrained(
             self.start_from / "text_encoder", dtype=torch.float32
         )
-        unet = UNet2DConditionModel.from_pretrained(
-            self.start_from / "unet", torch_dtype=torch.float32
-        )
+        unet = UNet2DConditionModel.from_pretrained(self.start_from / "unet")
         return Denoiser(text_encoder, unet)
 
     def normalised_vae(self) -> AutoencoderKL:
@@ -177,15 +179,22 @@ def _run_latents(run: Run) -> None:
         fold_normalisation(vae, mean, std)
         latents = (latents - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
     else:
-        vae = AutoencoderKL.from_pretrained(run.start_from / "vae", torch_dtype=torch.float32)
+        vae = AutoencoderKL.from_pretrained(run.start_from / "vae")
         latents = encode_all(vae, pixels)
     save_checkpoint({"latents": latents, "vae": vae.state_dict()}, run.path("latents"))
-    print(f"VAE: {reconstruction_psnr_db(vae, pixels):.2f} dB on whole pictures")
+    psnr_db = reconstruction_psnr_db(vae, pixels[::PSNR_STRIDE])
+    print(f"VAE: {psnr_db:.2f} dB on every {PSNR_STRIDE}th picture, whole")
 
 
 def _run_unet(run: Run) -> None:
+    shown_at = time.monotonic()
+
     def show(average: nn.Module, step: int) -> None:
-        _draw_showcase(run, average, run.folder / f"sheet-{step:06d}.png", count=32)
+        nonlocal shown_at
+        if time.monotonic() - shown_at < PREVIEW_EVERY_S:
+            return
+        _draw_showcase(run, average, run.folder / f"sheet-{step:06d}.png", count=16)
+        shown_at = time.monotonic()
 
     train_diffusion(
         run.fresh_denoiser(),

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from training.contact_sheet import contact_sheet
-from training.diffusion import build_sampler, stratified_timesteps, velocity_weights
+from training.diffusion import NOISY_BIAS, build_sampler, stratified_timesteps, velocity_weights
 from training.loop import Draws, LoopSettings, cosine_rate, train
 from training.retrieval import REFERENCE_SIZE, References, load_references, shrink
 from training.vae import LATENT_CHANNELS, build_vae, fold_normalisation
@@ -106,8 +106,12 @@ def test_the_rate_warms_up_peaks_and_falls_to_a_hundredth() -> None:
 
 
 def test_timesteps_cover_the_whole_schedule_in_every_batch() -> None:
-    timesteps = stratified_timesteps(Draws(seed=0, step=0), 10)
-    assert sorted(t // 100 for t in timesteps.tolist()) == list(range(10))
+    timesteps = stratified_timesteps(Draws(seed=0, step=0), 100)
+    counts = torch.bincount(timesteps // 100, minlength=10).tolist()
+    assert len(counts) == 10
+    assert min(counts) >= 3
+    noisy = (timesteps >= 500).double().mean().item()
+    assert noisy == pytest.approx(1 - 0.5 ** (1 / NOISY_BIAS), abs=0.02)
 
 
 def test_the_schedule_ends_in_noise_but_not_in_nothing_else() -> None:
