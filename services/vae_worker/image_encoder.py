@@ -1,4 +1,4 @@
-"""Decoded images to files: the pixels as diffusers makes them, the arguments as text in the file."""
+"""Decoded images to files: pixels as diffusers makes them, the arguments as text in the file."""
 
 from __future__ import annotations
 

@@ -82,9 +82,7 @@ def test_a_decode_that_is_not_finite_is_an_error_and_no_picture(image, value):
 
 
 @pytest.mark.parametrize(("output_format", "pillow"), [("jpeg", "JPEG"), ("webp", "WEBP")])
-def test_a_lower_output_compression_keeps_less_of_the_picture(
-    image, output_format, pillow
-):
+def test_a_lower_output_compression_keeps_less_of_the_picture(image, output_format, pillow):
     files = [
         encode_image(
             image,
