@@ -21,13 +21,15 @@ def urgency(request: Request, now: float) -> tuple[int, float, float, str]:
 
     Priority, raised by waiting; within it the earliest deadline that is still ahead; then age.
     """
-    waited_s = max(now - request.request.submitted_at, 0.0)
-    deadline_at = request.deadline_at if request.deadline_at > now else inf
+    asked = request.request
+    deadline_at = inf
+    if asked.deadline_ms and request.deadline_at > now:
+        deadline_at = request.deadline_at
     return (
-        -(request.request.priority + floor(waited_s / AGEING_S)),
+        -asked.priority - int(max(now - asked.submitted_at, 0.0) / AGEING_S),
         deadline_at,
-        request.request.submitted_at,
-        request.request_id,
+        asked.submitted_at,
+        asked.request_id,
     )
 
 

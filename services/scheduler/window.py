@@ -47,6 +47,7 @@ class WindowRule:
 
 
 _Kinds = dict[int, SlotKind]
+_SkippableById = dict[str, "_Skippable"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +86,10 @@ def make_window(view: GroupView, batches: Sequence[Batch], rule: WindowRule) -> 
     kinds: _Kinds = {}
     alone = []
     built: dict[tuple[BatchKey, int, int, float], tuple[tuple[Option, ...], _Kinds]] = {}
+    may_skip = _find_skippable(view, batches, rule)
     num_running = sum(one.has_forwards_left for one in view.requests)
     for i, batch in enumerate(batches):
-        candidates = _skip_candidates(view, batch, i, rule)
+        candidates = _skip_candidates(batch, i, may_skip)
         num_waiting = _num_waiting(view, num_running, batch, rule)
         alike = (batch.key, batch.rows, len(candidates), num_waiting)
         if alike not in built:
@@ -200,24 +202,56 @@ def _gap_options(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Skippable:
+    """A request whose guidance may be skipped. budget: steps; price: of one, over its own time."""
+
+    request: Request
+    budget: int
+    price: float
+    is_next: bool
+
+
+def _find_skippable(view: GroupView, batches: Sequence[Batch], rule: WindowRule) -> _SkippableById:
+    """Of the window's requests, by id.
+
+    The price rises with the error last measured and with the share of the budget already spent.
+    """
+    found: _SkippableById = {}
+    if not rule.skip:
+        return found
+    seen: set[str] = set()
+    for batch in batches:
+        for request in batch.requests:
+            if request.request_id in seen:
+                continue
+            seen.add(request.request_id)
+            is_next = may_skip_next(request)
+            if not is_next and not request.has_skipped_before:
+                continue
+            budget = skip_credits(request, view.unet.profile)
+            if budget:
+                spent = request.num_skipped / (request.num_skipped + budget)
+                price = rule.skip_price * (0.5 + 0.5 * spent + min(request.skip_error, 1.0))
+                found[request.request_id] = _Skippable(
+                    request=request, budget=budget, price=price, is_next=is_next
+                )
+    return found
+
+
 def _skip_candidates(
-    view: GroupView, batch: Batch, index: int, rule: WindowRule
+    batch: Batch, index: int, skippable: _SkippableById
 ) -> list[tuple[Request, float]]:
     """Requests of the window's slot `index` that may skip there, with their price, cheapest first.
 
-    The price rises with the error last measured and with the share of the budget already spent.
-    Later slots assume that who may skip now may skip then, as far as the budget reaches.
+    Later slots assume that who may skip now, or did before, may skip then, as far as the budget
+    reaches.
     """
-    if not rule.skip:
-        return []
-    profile = view.unet.profile
     candidates = []
     for request in batch.requests:
-        budget = skip_credits(request, profile)
-        if budget > index and (may_skip_next(request) or (index and request.has_skipped_before)):
-            spent = request.num_skipped / (request.num_skipped + budget)
-            price = rule.skip_price * (0.5 + 0.5 * spent + min(request.skip_error, 1.0))
-            candidates.append((request, price))
+        one = skippable.get(request.request_id)
+        if one and one.budget > index and (one.is_next or index):
+            candidates.append((request, one.price))
     candidates.sort(key=lambda pair: (pair[1], pair[0].request_id))
     return candidates
 
