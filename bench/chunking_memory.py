@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,19 @@ import torch
 from services.vae_worker.chunked_decoder import Granularity, decode_chunks, plan_chunks
 
 
+@cache
 def random_decoder(
-    block_out_channels: Sequence[int], *, device: torch.device, dtype: torch.dtype, seed: int
+    block_out_channels: tuple[int, ...], *, device: torch.device, dtype: torch.dtype, seed: int
 ) -> Any:
-    """An `AutoencoderKL` shaped as Stable Diffusion's, with random weights, for decoding."""
+    """An `AutoencoderKL` shaped as Stable Diffusion's, with random weights, for decoding.
+
+    Made once for each set of arguments.
+    """
     num_blocks = len(block_out_channels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = diffusers.AutoencoderKL(
-            block_out_channels=tuple(block_out_channels),
+            block_out_channels=block_out_channels,
             layers_per_block=2,
             down_block_types=("DownEncoderBlock2D",) * num_blocks,
             up_block_types=("UpDecoderBlock2D",) * num_blocks,
@@ -47,14 +51,18 @@ class MemoryCase:
     granularity: Granularity | None
 
 
-def peak_extra_bytes(case: MemoryCase) -> int:
-    """Peak memory of the decode, less what the process held before it; in a fresh process."""
+def peak_extra_bytes(*cases: MemoryCase) -> list[int]:
+    """Peak memory of each decode, less what its process held before it.
+
+    All at once, each in a fresh process.
+    """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(_decode_and_measure, case).result()
+    with ProcessPoolExecutor(len(cases), mp_context=context, max_tasks_per_child=1) as pool:
+        return list(pool.map(_decode_and_measure, cases))
 
 
 def _decode_and_measure(case: MemoryCase) -> int:
+    torch.set_num_threads(1)
     vae = random_decoder(
         case.block_out_channels, device=case.device, dtype=case.dtype, seed=case.seed
     )
@@ -62,6 +70,8 @@ def _decode_and_measure(case: MemoryCase) -> int:
     latents = torch.randn(
         1, vae.config.latent_channels, side, side, device=case.device, dtype=case.dtype
     )
+    with torch.inference_mode():
+        vae.decode(latents[:, :, :2, :2])  # loads code and starts threads
     before = _held_bytes(case.device)
     if case.granularity is None:
         with torch.inference_mode():
