@@ -17,6 +17,7 @@ from shared.records import RequestRecord
 STATUS_BY_FAILURE: Mapping[str, int] = {
     "cancelled": HTTPStatus.GONE,
     "invalid_request": HTTPStatus.BAD_REQUEST,
+    "deadline_unmeetable": HTTPStatus.BAD_REQUEST,
     "deadline_exceeded": HTTPStatus.GATEWAY_TIMEOUT,
     "overloaded": HTTPStatus.SERVICE_UNAVAILABLE,
     "too_many_attempts": HTTPStatus.SERVICE_UNAVAILABLE,

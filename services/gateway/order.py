@@ -55,7 +55,7 @@ class Limits:
 def limits_of(model: ModelInfo, settings: GatewaySettings) -> Limits:
     """A model's limits, narrowed by the settings."""
     multiple = model.side_multiple
-    max_side = max(multiple, model.max_side // multiple * multiple)
+    max_side = max(multiple, min(model.max_side, settings.max_side) // multiple * multiple)
     wanted = settings.default_sampler
     return Limits(
         model=model,

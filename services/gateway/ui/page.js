@@ -4,6 +4,7 @@
 const form = document.querySelector("#form");
 const field = (name) => form.elements.namedItem(name);
 const MAX_TRIES = 30;
+const STAGES = { running: "Starting…", encoding: "Reading the prompt…", denoising: "Starting…" };
 
 // --- the server: its health and its models --------------------------------------------------
 
@@ -135,7 +136,7 @@ function addCard(body, seed) {
     if (steps && step >= steps) show("waiting", "Developing the picture…", 1);
     else if (step) show("waiting", `Step ${step} of ${steps}`, step / steps);
     else if (position) show("waiting", `In the queue, number ${position}`, 0);
-    else show("waiting", state === "queued" ? "In the queue…" : "Starting…", 0);
+    else show("waiting", STAGES[state] ?? "In the queue…", 0);
   };
   const finish = (event) => {
     const bytes = Uint8Array.from(atob(event.b64_json), (char) => char.charCodeAt(0));
