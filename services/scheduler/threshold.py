@@ -19,14 +19,18 @@ from dataclasses import dataclass, replace
 class ThresholdRule:
     """Limits and gains, settled by experiment (`synerdiff simulate --experiment threshold`).
 
-    step: of θ. hysteresis: the stretches count as different when one exceeds the other by this
-    factor. rest_slots: slots between two steps. is_reversed: the other direction, for experiments.
+    max_value: below 1, because at 1 decodes come in bursts whenever the rule relents, with twice
+    the P99 decode latency and no more throughput. step: of θ. smoothing: weight of a new slot's
+    stretches, which are spiky where decodes are few. hysteresis: the stretches count as different
+    when one exceeds the other by this factor. rest_slots: slots between two steps. is_reversed:
+    the other direction, for experiments.
     """
 
     min_value: float = 0.2
-    max_value: float = 1.0
+    max_value: float = 0.85
     first_value: float = 0.8
     step: float = 0.05
+    smoothing: float = 0.1
     hysteresis: float = 1.5
     rest_slots: int = 8
     is_adaptive: bool = True
@@ -54,7 +58,10 @@ class Stretches:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Threshold:
-    """θ now, and slots since it moved. stretches: those that it was last judged by."""
+    """θ now, and slots since it moved.
+
+    stretches: the smoothed ones that it was last judged by.
+    """
 
     value: float
     num_slots: int = 0
@@ -62,6 +69,11 @@ class Threshold:
 
     def after_slot(self, rule: ThresholdRule, stretches: Stretches) -> Threshold:
         """The threshold after one more slot."""
+        last, weight = self.stretches, rule.smoothing
+        stretches = Stretches(
+            unet=last.unet + weight * (stretches.unet - last.unet),
+            vae=last.vae + weight * (stretches.vae - last.vae),
+        )
         rested = replace(self, num_slots=self.num_slots + 1, stretches=stretches)
         if not rule.is_adaptive or rested.num_slots < rule.rest_slots:
             return rested

@@ -27,7 +27,7 @@ def settle(world: World) -> None:
 
 
 def test_a_decode_waits_no_longer_than_its_bound_whatever_the_threshold() -> None:
-    rule = ThresholdRule(min_value=1.0, first_value=1.0, is_adaptive=False)
+    rule = ThresholdRule(min_value=1.0, first_value=1.0, max_value=1.0, is_adaptive=False)
     world = a_world(options=PolicyOptions(rule=rule, max_decode_wait_s=2.0, skip=False))
     world.submit(make_request("short", steps=1))
     for number in range(4):
