@@ -35,9 +35,16 @@ def decode(vae, latents: Tensor, granularity: Granularity) -> Tensor:
     return finish(decode_chunks(vae, latents, plan=plan))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "memory_format", "num_threads"),
+    [
+        (torch.float32, torch.channels_last, 1),
+        (torch.float32, torch.channels_last, 2),
+        (torch.float32, torch.contiguous_format, 1),
+        (torch.bfloat16, torch.channels_last, 1),
+        (torch.bfloat16, torch.contiguous_format, 1),
+    ],
+)
 def test_layer_chunks_give_the_bits_of_the_whole_decode(dtype, memory_format, num_threads):
     torch.set_num_threads(num_threads)
     vae = make_vae(dtype=dtype, memory_format=memory_format)
@@ -147,6 +154,26 @@ def test_strips_free_the_rows_that_are_done_with():
     source.release(3)
     assert first() is None
     assert source.height == 6
+
+
+def test_a_strip_decode_holds_little_more_than_its_largest_map(monkeypatch):
+    strips = []
+
+    def append(self, strip, **options):
+        strips.append((weakref.ref(strip), strip.nbytes))
+        original(self, strip, **options)
+
+    original = FeatureMap.append
+    monkeypatch.setattr(FeatureMap, "append", append)
+    vae = make_vae()
+    latents = make_latents(vae, 16, 16)
+    plan = plan_chunks(vae, 16, 16, granularity=Granularity(max_strip_fraction=0.005))
+    peak = max(
+        sum(size for strip, size in strips if strip() is not None)
+        for _ in decode_chunks(vae, latents, plan=plan)
+    )
+    largest_map = 16 * 64 * 64 * 4  # the input of the last block
+    assert largest_map < peak < 1.2 * largest_map
 
 
 def test_shared_strips_live_until_both_maps_have_released_them():
