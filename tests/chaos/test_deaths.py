@@ -106,15 +106,14 @@ async def serve_through_deaths(up: Up) -> None:
         images = await asyncio.gather(*tasks)
         assert all(image.startswith(b"\x89PNG") for image in images)
         # Unfinished leftovers of clients that were cut off finish too.
-        redis = connect(f"unix://{up.data_dir}/redis.sock")
-        while await redis.xlen(keys.REQUESTS):  # noqa: ASYNC110
-            await asyncio.sleep(0.1)
-        states = await count_states(redis)
-        assert states["done"] >= NUM_REQUESTS + 1
-        assert set(states) <= {"done", "cancelled"}, states
-        # A write that was tried again after its commit leaves a copy; it expires by itself.
-        assert all([await redis.ttl(key) > 0 for key in await redis.keys("sd:latents:*")])
-        await redis.aclose()
+        async with connect(f"unix://{up.data_dir}/redis.sock") as redis:
+            while await redis.xlen(keys.REQUESTS):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+            states = await count_states(redis)
+            assert states["done"] >= NUM_REQUESTS + 1
+            assert set(states) <= {"done", "cancelled"}, states
+            # A write that was tried again after its commit leaves a copy; it expires by itself.
+            assert all([await redis.ttl(key) > 0 for key in await redis.keys("sd:latents:*")])
         after = resident_bytes(up)
         grown = {name: after[name] - before[name] for name in before.keys() & after.keys()}
         assert all(growth < MEMORY_SLACK_BYTES for growth in grown.values()), grown
