@@ -20,9 +20,9 @@ import torch
 import typer
 
 from bench.report import spread, write_report
-from bench.side_by_side import WORKER_ENVIRONMENT, child_environment
+from bench.side_by_side import child_environment
 from cli.private_stack import private_stack
-from cli.stack import EMBEDDED_MODEL
+from cli.stack import EMBEDDED_MODEL, WORKER_ENVIRONMENT
 from services.unet_worker.denoiser import Denoiser, FinishedLatents
 from services.unet_worker.model import load_model
 from services.vae_worker.chunked_decoder import Granularity, decode_chunks, plan_chunks

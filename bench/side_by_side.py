@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 
+from cli.stack import WORKER_ENVIRONMENT
 from shared.device import DtypeName
 
 TIMEOUT_S = 300.0
-WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""What `synerdiff up` starts its workers with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
