@@ -65,3 +65,9 @@ def _has_fast_bfloat16() -> bool:
         return False
     flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+def finish_work(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it, so that a clock read now is right."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -99,7 +99,8 @@ class WorkerSettings(ServiceSettings):
     """What both kinds of worker need.
 
     worker_id: who a restarted worker is; may hold {kind}, {hostname} and {pid}. device_group: empty
-    means the physical device. threads: 0 means as many as the process may use.
+    means the physical device. threads: 0 means as many as the process may use. warm_up_sizes: sizes
+    to be ready for beside the model's own, as in "256x256 512x768" (width first, in pixels).
     """
 
     worker_id: str = Field(
@@ -112,6 +113,13 @@ class WorkerSettings(ServiceSettings):
     threads: int = Field(0, ge=0)
     heartbeat_ttl_ms: int = Field(5_000, ge=500)
     transport: Literal["auto", "inline"] = "auto"
+    warm_up_sizes: str = Field("", pattern=r"^(\d+x\d+( \d+x\d+)*)?$")
+
+    @property
+    def sizes_to_warm_up(self) -> tuple[tuple[int, int], ...]:
+        """Each (height, width) in pixels of `warm_up_sizes`."""
+        sizes = (size.split("x") for size in self.warm_up_sizes.split())
+        return tuple((int(height), int(width)) for width, height in sizes)
 
 
 class UnetWorkerSettings(WorkerSettings):

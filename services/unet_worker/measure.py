@@ -10,13 +10,24 @@ import torch
 
 from services.unet_worker.model import DiffusionModel
 from services.unet_worker.slot import predict_noise
+from shared.device import finish_work
+from shared.errors import ConfigurationError
 
 
 def warm_up(
     model: DiffusionModel, sizes: Sequence[tuple[int, int]], row_counts: Sequence[int]
 ) -> None:
-    """Run the UNet once at every (height, width) in pixels with every number of rows."""
+    """Run the UNet once at every (height, width) in pixels with every number of rows.
+
+    Raises:
+        ConfigurationError: A side is no multiple of the model's `side_multiple`.
+    """
+    multiple = model.facts.side_multiple
     for height, width in sizes:
+        if height % multiple or width % multiple or not height * width:
+            raise ConfigurationError(
+                f"a size to warm up is {width}x{height}: both sides must be multiples of {multiple}"
+            )
         for num_rows in row_counts:
             _forward_zeros(model, num_rows, height, width)
 
@@ -57,5 +68,4 @@ def _forward_zeros(model: DiffusionModel, num_rows: int, height: int, width: int
         zeros(facts.max_tokens, facts.text_width, dtype=model.dtype),
         zeros(facts.timestep_cond_channels, dtype=model.dtype),
     )
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    finish_work(model.device)

@@ -107,6 +107,7 @@ class UnetWorkerService:
             model, max_requests=settings.max_requests, max_side=settings.max_side
         )
         step_ms = self._denoiser.measure(PROFILE_ROWS)
+        self._denoiser.warm_up(settings.sizes_to_warm_up, PROFILE_ROWS)
         if settings.transport == "auto":
             self._pool = TensorPool(
                 self._link.incarnation,

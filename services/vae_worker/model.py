@@ -27,6 +27,16 @@ class Decoder:
     dtype: torch.dtype
     default_size: tuple[int, int]
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that it decodes."""
+        return int(self.vae.config.latent_channels)
+
+    @property
+    def scale_factor(self) -> int:
+        """Pixels of a picture's side for one of its latents'."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
 
 def load_decoder(folder: Path, *, device: str = "auto", dtype: DtypeName = "auto") -> Decoder:
     """The VAE of a `StableDiffusionPipeline` folder, for decoding; nothing is downloaded.

@@ -19,6 +19,7 @@ from services.vae_worker.image_encoder import encode_image
 from services.vae_worker.model import Decoder, load_decoder
 from shared import metrics
 from shared.cuda_ipc import gpu_ipc
+from shared.device import finish_work
 from shared.errors import HandleLostError, SynerDiffError
 from shared.logs import get_logger
 from shared.messages import (
@@ -134,15 +135,11 @@ class VaeWorkerService:
         settings = self._settings
         self._decoder = load_decoder(settings.model, device=settings.device, dtype=settings.dtype)
         self._reader = TensorReader(ipc=gpu_ipc(self._decoder.device))
-        config: Any = self._decoder.vae.config
         size = self._decoder.default_size
-        latents = torch.zeros(1, config.latent_channels, *size, device=self._decoder.device)
-        durations = []
-        for _ in range(4):
-            start = time.perf_counter()
-            for _ in self._chunks(latents):
-                pass
-            durations.append(time.perf_counter() - start)
+        durations_s = [self._decode_zeros(*size) for _ in range(4)]
+        factor = self._decoder.scale_factor
+        for height, width in settings.sizes_to_warm_up:
+            self._decode_zeros(height // factor, width // factor)
         place = find_place(
             self._decoder.device,
             device_group=settings.device_group,
@@ -159,9 +156,18 @@ class VaeWorkerService:
             threads=self._threads,
             max_requests=0,
             model_id=self._decoder.name,
-            decode_ms=statistics.median(durations[1:]) * 1000,
+            decode_ms=statistics.median(durations_s[1:]) * 1000,
             num_chunks=self._plan(*size).num_chunks,
         )
+
+    def _decode_zeros(self, latent_height: int, latent_width: int) -> float:
+        """Seconds that a decode of these sides of latents takes, alone."""
+        shape = (1, self._decoder.latent_channels, latent_height, latent_width)
+        start = time.perf_counter()
+        for _ in self._chunks(torch.zeros(shape)):
+            pass
+        finish_work(self._decoder.device)
+        return time.perf_counter() - start
 
     def _plan(self, latent_height: int, latent_width: int) -> ChunkPlan:
         size = (latent_height, latent_width)
@@ -295,6 +301,7 @@ class VaeWorkerService:
         start = time.perf_counter()
         try:
             next(decode.chunks)
+            finish_work(self._decoder.device)
         except StopIteration as end:
             image: torch.Tensor = end.value
             return image.float().cpu()

@@ -28,7 +28,7 @@ from services.unet_worker.guidance import (
 from services.unet_worker.latents import LatentPool
 from services.unet_worker.model import load_model
 from services.unet_worker.samplers import SAMPLERS
-from shared.errors import InvalidRequestError, OverloadedError, ProtocolError
+from shared.errors import ConfigurationError, InvalidRequestError, OverloadedError, ProtocolError
 from shared.messages import SlotRow
 
 torch.set_num_threads(1)
@@ -449,3 +449,8 @@ def test_measuring_gives_milliseconds_by_rows(denoiser: Denoiser) -> None:
     measured = denoiser.measure([1, 4], size=(32, 32), num_repeats=2)
     assert measured.keys() == {1, 4}
     assert all(0 < milliseconds < 60_000 for milliseconds in measured.values())
+
+
+def test_a_size_to_warm_up_that_the_model_cannot_draw_is_refused(denoiser: Denoiser) -> None:
+    with pytest.raises(ConfigurationError, match="33x32: both sides must be multiples of"):
+        denoiser.warm_up([(32, 33)], [1])
