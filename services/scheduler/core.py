@@ -123,6 +123,7 @@ class Core:
                 attempt=event.attempt,
                 num_attempts=event.num_attempts,
                 latents=event.latents,
+                done_step=event.resume_step,
             )
 
     @_handle.register
@@ -153,7 +154,7 @@ class Core:
         for unet in self.unets.values():
             if unet.info.device_group == device_group:
                 measured = matching_profile(self._settings.profiles, unet.info)
-                unet.profile = measured or profile_in_short(unet.info, beside)
+                unet.use_profile(measured or profile_in_short(unet.info, beside))
 
     @_handle.register
     def _on_lost(self, event: messages.WorkerLost) -> None:
@@ -164,6 +165,14 @@ class Core:
         worker = self.unets.get(event.incarnation) or self.vaes.get(event.incarnation)
         if worker:
             worker.is_draining = True
+            leave = messages.LeaveWhenDone(epoch=self.epoch)
+            self._outbox.send(event.incarnation, "control", leave)
+
+    @_handle.register
+    def _on_handed_back(self, event: messages.RequestHandedBack) -> None:
+        request = self._held(event.request_id, event.attempt, event.incarnation)
+        if request and request.stage in {Stage.ENCODING, Stage.DENOISING}:
+            request.hand_back(event.step_index)
 
     @_handle.register
     def _on_announced(self, event: messages.WorkerAnnounced) -> None:
@@ -177,7 +186,7 @@ class Core:
                 request.move_to(Stage.DENOISING)
                 self._make_resident(request, event.incarnation, held.num_forwards, held.is_guided)
                 request.next_step = request.done_step = held.step_index
-            elif not self._is_current(held.request_id, held.attempt):
+            elif not self._held(held.request_id, held.attempt, event.incarnation):
                 self._outbox.release(event.incarnation, held.request_id, held.attempt)
         for latents in event.finished:
             request = self._recovering(latents.request_id, latents.attempt)
@@ -188,11 +197,12 @@ class Core:
 
     @_handle.register
     def _on_admitted(self, event: messages.RequestAdmitted) -> None:
-        request = self._current(event.request_id, event.attempt, Stage.ENCODING)
-        if request is None:
+        request = self._held(event.request_id, event.attempt, event.incarnation)
+        if request is None or request.stage is not Stage.ENCODING:
             return
         request.move_to(Stage.DENOISING)
         self._make_resident(request, event.incarnation, event.num_forwards, event.is_guided)
+        request.next_step = request.done_step = event.step_index
         request.warnings = event.warnings
         self._outbox.report([request])
 
@@ -207,8 +217,8 @@ class Core:
             self._fail(failure.request_id, failure.attempt, failure.code, failure.reason)
         moved = []
         for report in event.rows:
-            request = self._current(report.request_id, report.attempt, Stage.DENOISING)
-            if request is None:
+            request = self._held(report.request_id, report.attempt, event.incarnation)
+            if request is None or request.stage is not Stage.DENOISING:
                 continue
             is_held = report.next_step_index >= 0
             if not is_held and not report.has_run:
@@ -231,7 +241,7 @@ class Core:
         """The slot `seq` is over, and so is any before it."""
         while unet.slots and unet.slots[0].seq <= seq:
             for row in unet.slots.popleft().rows:
-                request = self._current(row.request_id, row.attempt)
+                request = self._held(row.request_id, row.attempt, unet.info.incarnation)
                 if request:
                     request.slots_in_flight -= 1
 
@@ -289,6 +299,8 @@ class Core:
         for request in recovering:
             if request.latents:
                 self._have_latents(request, request.latents)
+            elif request.done_step:
+                request.hand_back(request.done_step)
             else:
                 self._restart(request, "not held by any worker")
 
@@ -362,6 +374,11 @@ class Core:
         if request is None or request.attempt != attempt:
             return None
         return request if not stages or request.stage in stages else None
+
+    def _held(self, request_id: str, attempt: str, unet: str) -> Request | None:
+        """The request, if that attempt of it is at, or was denoised by, this UNet worker."""
+        request = self._current(request_id, attempt)
+        return request if request and request.unet == unet else None
 
     def _is_current(self, request_id: str, attempt: str) -> bool:
         return self._current(request_id, attempt) is not None

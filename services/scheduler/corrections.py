@@ -10,7 +10,7 @@ from services.scheduler.state import Request, UnetWorker
 from shared.messages import ChunksDecoded, SlotDenoised
 
 CERTAIN_OVERRUN = 1.1
-"""Chunks that take up to so many times what was planned are noise."""
+"""Slots and chunks that take up to so many times what was planned are noise."""
 
 
 def note_slot(unet: UnetWorker, event: SlotDenoised, requests: Mapping[str, Request]) -> None:
@@ -27,6 +27,7 @@ def note_slot(unet: UnetWorker, event: SlotDenoised, requests: Mapping[str, Requ
             rows += 1 if row.was_skipped else request.rows
     if not rows:
         return
+    _charge_slot(unet, event)
     kind = BESIDE if slot.kind.chunks else ALONE
     predicted_ms = unet.profile.slot_ms(slot.key.size, rows, slot.kind)[0]
     unet.drift = unet.drift.after(
@@ -34,6 +35,13 @@ def note_slot(unet: UnetWorker, event: SlotDenoised, requests: Mapping[str, Requ
         predicted_ms=predicted_ms * unet.drift.factor(kind),
         measured_ms=event.duration_ms,
     )
+
+
+def _charge_slot(unet: UnetWorker, event: SlotDenoised) -> None:
+    """A slot that certainly took longer, as one does that an overrun chunk ran into, owes that."""
+    for spent in unet.ledger:
+        if spent.seq == event.seq and event.duration_ms > CERTAIN_OVERRUN * spent.ms:
+            spent.ms = event.duration_ms
 
 
 def note_chunks(request: Request, event: ChunksDecoded, unets: Iterable[UnetWorker]) -> None:
@@ -50,5 +58,4 @@ def note_chunks(request: Request, event: ChunksDecoded, unets: Iterable[UnetWork
             CHUNKS, predicted_ms=predicted_ms, measured_ms=event.duration_ms
         )
         if event.duration_ms > CERTAIN_OVERRUN * predicted_ms and unet.ledger:
-            ms, alone_ms = unet.ledger[-1]
-            unet.ledger[-1] = (ms + event.duration_ms - predicted_ms, alone_ms)
+            unet.ledger[-1].ms += event.duration_ms - predicted_ms

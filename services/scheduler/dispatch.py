@@ -16,7 +16,7 @@ from services.scheduler.placement import (
     soonest_finish_ms,
 )
 from services.scheduler.policy import MAX_SLOTS_IN_FLIGHT, Decode, Grant, GroupView, Plan, Policy
-from services.scheduler.state import Request, SlotInFlight, Stage, UnetWorker, VaeWorker
+from services.scheduler.state import Request, SlotInFlight, Spent, Stage, UnetWorker, VaeWorker
 from shared import keys, messages
 
 LATE_WARNING = "finished after its deadline"
@@ -113,17 +113,20 @@ class Dispatch:
                 held[name].add(request, self._unets[name])
 
     def _admit(self, request: Request, unet: str) -> None:
+        """Begin an attempt, or go on with the one that a drained worker has handed back."""
         request.move_to(Stage.ENCODING)
-        request.attempt = f"{self._outbox.epoch}-{self._next_attempt}"
-        request.num_attempts += 1
-        self._next_attempt += 1
         request.unet = unet
-        self._outbox.add(BeginAttempt(request_id=request.request_id, attempt=request.attempt))
+        if not request.attempt:
+            request.attempt = f"{self._outbox.epoch}-{self._next_attempt}"
+            request.num_attempts += 1
+            self._next_attempt += 1
+            self._outbox.add(BeginAttempt(request_id=request.request_id, attempt=request.attempt))
         admit = messages.AdmitRequest(
             epoch=self._outbox.epoch,
             request_id=request.request_id,
             attempt=request.attempt,
             parameters=request.request.parameters,
+            resume_step=request.done_step,
         )
         self._outbox.send(unet, "control", admit)
 
@@ -191,9 +194,10 @@ class Dispatch:
     def _carry_out(self, unet: UnetWorker, plan: Plan) -> None:
         if plan.outlook:
             unet.outlook = plan.outlook
-        if plan.ledger:
-            unet.ledger.append(plan.ledger)
         next_seq = self._next_seq + 1
+        if plan.spends:
+            ms, alone_ms = plan.spends
+            unet.ledger.append(Spent(seq=next_seq if plan.rows else 0, ms=ms, alone_ms=alone_ms))
         last_seq = unet.slots[-1].seq if unet.slots else 0
         for grant in plan.grants:
             # A gap begins behind the slots in flight; what a slot's header says first after

@@ -12,13 +12,15 @@ class RequestRecovered:
     """An open request from before this epoch.
 
     attempt: what its record names, empty for none. latents: of that attempt, where an inline copy
-    of them is left; of use only if no worker announces the request.
+    of them is left; of use only if no worker announces the request. resume_step: likewise, the
+    step at which a drained worker has left its state; 0 for none.
     """
 
     request: GenerateImage
     attempt: str
     num_attempts: int
     latents: LatentsFinished | None = None
+    resume_step: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import floor, inf
+from math import inf
 
-from services.scheduler.profile import Profile, SkipLevel
 from services.scheduler.state import BatchKey, Request, UnetWorker
 
 AGEING_S = 30.0
@@ -117,29 +116,3 @@ def _fill(key: BatchKey, requests: Sequence[Request], limit: int) -> Batch:
             if used == limit:
                 break
     return Batch(key=key, requests=tuple(chosen), rows=used)
-
-
-def skip_credits(request: Request, profile: Profile) -> int:
-    """How many more steps of a request its fidelity budget lets be skipped.
-
-    A level's `rows_saved` is of all rows, of which a skipped step saves one of two.
-    """
-    level: SkipLevel | None = profile.skip_levels.get(request.request.parameters.guidance_skip)
-    if level is None or not request.is_guided:
-        return 0
-    allowed = floor(2 * level.rows_saved * request.num_forwards + 0.5)
-    asked = 1 if request.is_skip_in_flight else 0
-    return max(allowed - request.num_skipped - asked, 0)
-
-
-def may_skip_next(request: Request) -> bool:
-    """Whether the next step not yet in flight may be skipped, as far as can be known here.
-
-    The worker has the last word. Behind a full step in flight it is not known yet; requests that
-    could skip before mostly can again, right after a full step.
-    """
-    if not request.slots_in_flight:
-        return request.skip_steps > 0
-    if request.is_skip_in_flight:
-        return request.skip_steps > request.slots_in_flight
-    return request.has_skipped_before or request.skip_steps > request.slots_in_flight

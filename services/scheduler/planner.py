@@ -18,7 +18,6 @@ sequence keeps the budget, the one of all the shortest options does and a plan i
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -31,6 +30,9 @@ NUM_BUCKETS = 32
 """Of the slack between the shortest sequence and the budget."""
 
 EPSILON = 1e-9
+
+_Move = tuple[int, int, NDArray[np.float64]]
+"""An option in the tables: chunks it does, buckets it takes, its cost by state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,32 +104,22 @@ class Model:
     def of(cls, problem: Problem) -> Model:
         """Count chunks, buckets and what is left."""
         total = sum(problem.remaining)
-        stages = [tuple(one for one in stage if one.chunks <= total) for stage in problem.stages]
-        if problem.must_grant and total:
-            first = next(
-                (i for i, stage in enumerate(stages) if any(one.chunks for one in stage)), None
-            )
-            if first is not None:
-                stages[first] = tuple(one for one in stages[first] if one.chunks)
-        shortest = [min(option.ms for option in stage) for stage in stages]
-        slack = problem.budget_ms - sum(shortest)
+        stages = _allowed_stages(problem, total)
+        # Stages are mostly the same few objects, and what is worked out of one holds for all.
+        distinct = {id(stage): stage for stage in stages}
+        shortest = {name: min(option.ms for option in stage) for name, stage in distinct.items()}
+        slack = problem.budget_ms - sum(shortest[id(stage)] for stage in stages)
         bucket = max(slack, 0.0) / NUM_BUCKETS
-        excess = tuple(
-            tuple(_buckets(option.ms - least, bucket) for option in stage)
-            for stage, least in zip(stages, shortest, strict=True)
-        )
-        most = sum(max(option.chunks for option in stage) for stage in stages)
-        reach = min(total, most)
-        ends = list(accumulate(problem.remaining))
-        finished = [bisect_right(ends, done) for done in range(reach + 1)]
-        behind = list(accumulate(reversed(ends), initial=0))
-        unfinished = tuple(len(ends) - count for count in finished)
-        tail = tuple(
-            problem.tail_ms * (behind[left] - left * done) for done, left in enumerate(unfinished)
-        )
+        excess = {
+            name: tuple(_buckets(option.ms - shortest[name], bucket) for option in stage)
+            for name, stage in distinct.items()
+        }
+        most = {name: max(option.chunks for option in stage) for name, stage in distinct.items()}
+        reach = min(total, sum(most[id(stage)] for stage in stages))
+        unfinished, tail = _ahead(problem, reach)
         return cls(
             stages=tuple(stages),
-            excess=excess,
+            excess=tuple(excess[id(stage)] for stage in stages),
             num_buckets=NUM_BUCKETS,
             unfinished=unfinished,
             tail=tail,
@@ -135,64 +127,129 @@ class Model:
         )
 
 
+def _allowed_stages(problem: Problem, total: int) -> list[tuple[Option, ...]]:
+    """The stages with the options that may be chosen where `total` chunks are left."""
+    allowed: dict[int, tuple[Option, ...]] = {}
+    for stage in problem.stages:
+        if id(stage) not in allowed:
+            allowed[id(stage)] = tuple(one for one in stage if one.chunks <= total)
+    stages = [allowed[id(stage)] for stage in problem.stages]
+    if problem.must_grant:
+        for i, stage in enumerate(stages):
+            granting = tuple(one for one in stage if one.chunks)
+            if granting:
+                stages[i] = granting
+                break
+    return stages
+
+
+def _ahead(problem: Problem, reach: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """By chunks done, up to `reach`: decodes unfinished, and the cost of what is left."""
+    ends = list(accumulate(problem.remaining))
+    behind = list(accumulate(reversed(ends), initial=0))
+    unfinished, tail = [], []
+    left = len(ends)
+    for done in range(reach + 1):
+        while left and ends[-left] <= done:
+            left -= 1
+        unfinished.append(left)
+        tail.append(problem.tail_ms * (behind[left] - left * done))
+    return tuple(unfinished), tuple(tail)
+
+
 def solve(problem: Problem) -> Solution:
     """The best choice of options; the same for the same problem."""
     model = Model.of(problem)
-    to_go = _costs_to_go(model)
+    to_go = _CostsToGo(model)
     done, left = 0, model.num_buckets
     chosen = []
-    for i, stage in enumerate(model.stages):
+    for i, (stage, excess) in enumerate(zip(model.stages, model.excess, strict=True)):
         best, choice = inf, -1
-        for j, option in enumerate(stage):
-            after, rest = done + option.chunks, left - model.excess[i][j]
+        for j, (option, taken) in enumerate(zip(stage, excess, strict=True)):
+            after, rest = done + option.chunks, left - taken
             if after >= len(model.unfinished) or rest < 0:
                 continue
-            cost = option.ms * model.unfinished[done] + option.price + to_go[i + 1][after, rest]
+            cost = option.ms * model.unfinished[done] + option.price + to_go.at(i + 1, after, rest)
             if cost < best - EPSILON:
                 best, choice = cost, j
         option = stage[choice]
         chosen.append(option)
         done += option.chunks
-        left -= model.excess[i][choice]
+        left -= excess[choice]
     return Solution(
         options=tuple(chosen),
-        cost=float(to_go[0][0, model.num_buckets]),
+        cost=to_go.at(0, 0, model.num_buckets),
         is_feasible=model.is_feasible,
     )
 
 
-def _costs_to_go(model: Model) -> list[NDArray[np.float64]]:
-    """Least cost from each stage on, by (chunks done, buckets left); one array more for the end."""
-    reach = len(model.unfinished) - 1
-    unfinished = np.array(model.unfinished, dtype=np.float64)[:, None]
-    # No more chunks can be done at a stage than those before it offer.
-    heights = [0]
-    for stage in model.stages:
-        heights.append(min(reach, heights[-1] + max(option.chunks for option in stage)))
-    end = np.array(model.tail)[: heights[-1] + 1, None]
-    costs = [np.repeat(end, model.num_buckets + 1, axis=1)]
-    # Stages share options, so what an option adds is worked out once.
-    own_costs: dict[int, NDArray[np.float64]] = {}
-    for stage, excess, height in zip(
-        reversed(model.stages), reversed(model.excess), reversed(heights[:-1]), strict=True
-    ):
-        following = costs[-1]
-        least = np.full((height + 1, model.num_buckets + 1), inf)
-        for option, taken in zip(stage, excess, strict=True):
-            rows = min(height, following.shape[0] - 1 - option.chunks) + 1
-            if rows <= 0 or taken > model.num_buckets:
+class _CostsToGo:
+    """Least cost from each stage on, by (chunks done, buckets left); one more for the end.
+
+    Each stage's table is one flat array, a row of it being the buckets left at so many chunks done,
+    followed by as many infinities as an option can take buckets. An option then leads from a whole
+    table into the next one at one fixed distance, and running out of buckets leads to an infinity:
+    two operations on contiguous numbers an option, whatever it takes and grants.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._num_columns = model.num_buckets + 1
+        self._pad = max(
+            one for excess in model.excess for one in excess if one <= model.num_buckets
+        )
+        self._width = self._num_columns + self._pad
+        unfinished = np.repeat(np.array(model.unfinished, dtype=np.float64), self._width)
+        self._scratch = np.empty_like(unfinished)
+        # No more chunks can be done at a stage than those before it offer.
+        reach = len(model.unfinished) - 1
+        heights = [0]
+        for stage in model.stages:
+            heights.append(min(reach, heights[-1] + max(option.chunks for option in stage)))
+        end = self._new_table(heights[-1])
+        rows = end[self._pad :].reshape(-1, self._width)
+        rows[:, : self._num_columns] = np.array(model.tail[: len(rows)])[:, None]
+        self._tables = [end]
+        # Stages are mostly the same few objects, so what their options add is worked out once.
+        moves: dict[int, list[_Move]] = {}
+        for stage, excess, height in zip(
+            reversed(model.stages), reversed(model.excess), reversed(heights[:-1]), strict=True
+        ):
+            if id(stage) not in moves:
+                moves[id(stage)] = [
+                    (option.chunks, taken, unfinished * option.ms + option.price)
+                    for option, taken in zip(stage, excess, strict=True)
+                    if taken <= model.num_buckets
+                ]
+            self._tables.append(self._table(self._tables[-1], moves[id(stage)], height + 1))
+        self._tables.reverse()
+
+    def at(self, stage: int, done: int, left: int) -> float:
+        """The least cost from a stage on; infinity where nothing keeps the budget."""
+        return self._tables[stage].item(self._pad + done * self._width + left)
+
+    def _new_table(self, height: int) -> NDArray[np.float64]:
+        """Infinities, also ahead of the first row, where it has no row before it to run into."""
+        return np.full(self._pad + (height + 1) * self._width, inf)
+
+    def _table(
+        self, following: NDArray[np.float64], moves: list[_Move], num_rows: int
+    ) -> NDArray[np.float64]:
+        """The table of a stage from that of the next one."""
+        pad, width, scratch = self._pad, self._width, self._scratch
+        num_following = (len(following) - pad) // width
+        table = self._new_table(num_rows - 1)
+        least = table[pad:]
+        for chunks, taken, own in moves:
+            size = min(num_rows, num_following - chunks) * width
+            if size <= 0:
                 continue
-            target = least[:rows, taken:]
-            source = following[
-                option.chunks : option.chunks + rows, : model.num_buckets + 1 - taken
-            ]
-            own = own_costs.get(id(option))
-            if own is None:
-                own = own_costs[id(option)] = unfinished * option.ms + option.price
-            np.minimum(target, source + own[:rows], out=target)
-        costs.append(least)
-    costs.reverse()
-    return costs
+            start = pad + chunks * width - taken
+            target, sums = least[:size], scratch[:size]
+            np.add(following[start : start + size], own[:size], out=sums)
+            np.minimum(target, sums, out=target)
+        if pad:
+            least.reshape(-1, width)[:, self._num_columns :] = inf
+        return table
 
 
 def _buckets(excess_ms: float, bucket_ms: float) -> int:

@@ -86,7 +86,7 @@ class Plan:
     """The next slot's rows (none: no slot now) and threads, and grants.
 
     kind: the profile's kind of the slot, None where none is known. outlook: what is promised, of
-    policies that plan. ledger: (ms planned, ms alone) of this slot or gap, None for neither.
+    policies that plan. spends: (ms planned, ms alone) of this slot or gap, None for neither.
     """
 
     rows: tuple[SlotRow, ...] = ()
@@ -94,7 +94,7 @@ class Plan:
     kind: SlotKind | None = None
     grants: tuple[Grant, ...] = ()
     outlook: Outlook | None = None
-    ledger: tuple[float, float] | None = None
+    spends: tuple[float, float] | None = None
 
 
 WAIT = Plan()

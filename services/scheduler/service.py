@@ -37,6 +37,7 @@ from shared.messages import (
     WorkerLost,
     WorkerRegistered,
 )
+from shared.probe import READINESS
 from shared.records import Records
 from shared.settings import SchedulerSettings
 from shared.streams import Streams
@@ -111,6 +112,7 @@ class SchedulerService:
             if not is_waiting:
                 log.info("another scheduler is in charge, waiting for its lease")
                 is_waiting = True
+            READINESS.renew(STATUS_TTL_S)
             await asyncio.sleep(0.2)
         return False
 
@@ -153,17 +155,20 @@ class SchedulerService:
         if record is None or record.is_final:
             await self._streams.delete(keys.REQUESTS, [entry_id])
             return
-        latents = None
+        latents, resume_step = None, 0
         if record.attempt:
-            key = keys.latents(request.request_id, record.attempt)
-            payload = await cast("Any", self._redis.hget(key, "m"))
+            place = (request.request_id, record.attempt)
+            payload = await cast("Any", self._redis.hget(keys.latents(*place), "m"))
             message = codec.decode(payload) if payload else None
             latents = message if isinstance(message, LatentsFinished) else None
+            step = await cast("Any", self._redis.hget(keys.resume(*place), "step"))
+            resume_step = int(step or 0)
         event = RequestRecovered(
             request=request,
             attempt=record.attempt,
             num_attempts=record.num_attempts,
             latents=latents,
+            resume_step=resume_step,
         )
         await self._execute(self._core.on_event(event, time.time()))
 
@@ -264,6 +269,7 @@ class SchedulerService:
             "vae_workers": len(self._core.vaes),
         }
         await self._redis.set(keys.STATUS, codec.encode_value(status), ex=STATUS_TTL_S)
+        READINESS.renew(STATUS_TTL_S)
 
     async def _renew_lease(self) -> None:
         held = await self._redis.get(keys.SCHEDULER_LEASE)

@@ -12,6 +12,7 @@ from math import inf
 from typing import NamedTuple
 
 from services.scheduler.drift import Drift
+from services.scheduler.durations import Durations
 from services.scheduler.profile import Profile, SlotKind, make_key
 from services.scheduler.threshold import Threshold
 from shared.errors import IllegalTransitionError
@@ -63,7 +64,8 @@ class Request:
     """One open request.
 
     attempt: the current token, empty before the first. next_step: the forward to schedule next,
-    counting those in flight as done. done_step: the forward its worker is known to hold.
+    counting those in flight as done. done_step: the forward its worker is known to hold, or the one
+    at which the next worker can go on with it.
     slots_in_flight: slots that carry a row of it and are not reported yet. skip_steps: steps in a
     row from done_step on that its worker allows to be skipped; skip_error: how far the guidance
     was off when last measured; num_skipped: so far. granted_chunks, done_chunks: of its decode;
@@ -120,7 +122,7 @@ class Request:
         """How many forwards are ahead of it, by its parameters until its worker has told."""
         if self.stage is Stage.DENOISING:
             return self.num_forwards - self.done_step
-        return self.request.parameters.num_inference_steps
+        return max(1, self.request.parameters.num_inference_steps - self.done_step)
 
     @property
     def deadline_at(self) -> float:
@@ -150,6 +152,14 @@ class Request:
         self.is_skip_in_flight = self.has_skipped_before = False
         self.forget_decode()
 
+    def hand_back(self, step_index: int) -> None:
+        """Wait for another worker, which goes on with the same attempt at this step."""
+        self.move_to(Stage.WAITING)
+        self.unet = ""
+        self.next_step = self.done_step = step_index
+        self.slots_in_flight = self.skip_steps = 0
+        self.is_skip_in_flight = False
+
     def forget_decode(self) -> None:
         """No chunk of it is granted or done."""
         self.vae = ""
@@ -175,10 +185,7 @@ class Outlook:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotInFlight:
-    """A slot that was sent and not reported. kind: the profile's, None where none is known.
-
-    planned_ms: as promised, with the gap ahead of it. alone_ms: the same steps alone, unskipped.
-    """
+    """A slot that was sent and not reported. kind: the profile's, None where none is known."""
 
     seq: int
     rows: tuple[SlotRow, ...]
@@ -187,24 +194,46 @@ class SlotInFlight:
 
 
 @dataclass(slots=True, kw_only=True)
+class Spent:
+    """What a slot or a gap takes of the device's time, as planned until it is known to be more.
+
+    seq: of the slot, 0 for a gap. alone_ms: of the same steps alone and unskipped, 0 for a gap.
+    """
+
+    seq: int
+    ms: float
+    alone_ms: float
+
+
+@dataclass(slots=True, kw_only=True)
 class UnetWorker:
     """A UNet worker: what it said of itself, and what it has been sent.
 
-    slots: in flight, oldest first. turns: when a batch key had its last slot, by slot number.
-    ledger: (ms planned, ms alone) of the last slots, for the window behind.
+    durations: of its profile. slots: in flight, oldest first. turns: when a batch key had its last
+    slot, by slot number. ledger: of the last slots and gaps, for the window behind.
     """
 
     info: WorkerInfo
     profile: Profile
+    durations: Durations = field(init=False)
     threshold: Threshold
     drift: Drift = field(default_factory=Drift)
     slots: deque[SlotInFlight] = field(default_factory=deque)
     turns: dict[BatchKey, int] = field(default_factory=dict)
-    ledger: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=8))
+    ledger: deque[Spent] = field(default_factory=lambda: deque(maxlen=8))
     outlook: Outlook | None = None
     num_slots: int = 0
     is_draining: bool = False
     is_announced: bool = False
+
+    def __post_init__(self) -> None:
+        """Begin with the profile's durations."""
+        self.use_profile(self.profile)
+
+    def use_profile(self, profile: Profile) -> None:
+        """Plan by another profile from now on."""
+        self.profile = profile
+        self.durations = Durations(profile)
 
 
 @dataclass(slots=True, kw_only=True)

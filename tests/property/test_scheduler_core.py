@@ -13,13 +13,13 @@ from hypothesis.stateful import (
 )
 from scheduler_world import World, make_request
 
-from services.scheduler.packing import skip_credits
 from services.scheduler.policies import (
     MAX_SLOTS_IN_FLIGHT,
     POLICY_NAMES,
     PolicyOptions,
 )
 from services.scheduler.profile import DecodeTiming, Profile, SlotKind, SlotTiming
+from services.scheduler.skipping import skip_credits
 from services.scheduler.state import Stage
 
 PROFILE = Profile(
@@ -79,6 +79,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         guidance_skip=st.sampled_from(["off", "balanced", "fast"]),
         deadline_ms=st.sampled_from([0, 0, 1, 5_000]),
         owner=st.sampled_from(["", "a", "b"]),
+        sampler=st.sampled_from(["ddim", "ddim", "unmovable"]),
     )
     def submit(  # noqa: PLR0917  as the strategies above
         self,
@@ -89,6 +90,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         guidance_skip: str,
         deadline_ms: int,
         owner: str,
+        sampler: str,
     ) -> None:
         request_id = f"r{self.submitted}"
         self.submitted += 1
@@ -103,6 +105,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 guidance_skip=guidance_skip,
                 deadline_ms=deadline_ms,
                 owner=owner,
+                sampler=sampler,
             )
         )
 
@@ -118,9 +121,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(rounds):
             while self.world.mail:
                 self.world.deliver()
-            for name, unet in self.world.unets.items():
-                if unet.slots:
-                    self.world.run_slot(name)
+            for name in [name for name, unet in self.world.unets.items() if unet.slots]:
+                self.world.run_slot(name)
 
     @precondition(lambda self: any(unet.slots for unet in self.world.unets.values()))
     @rule(data=st.data())
@@ -152,6 +154,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.calm_since_blow = 0
         names = sorted([*self.world.unets, *self.world.vaes])
         self.world.kill_worker(data.draw(st.sampled_from(names)))
+
+    @precondition(lambda self: self.calm_since_blow > 1)
+    @precondition(lambda self: self.world.unets or self.world.vaes)
+    @rule(data=st.data())
+    def drain_worker(self, data: st.DataObject) -> None:
+        self.calm_since_blow = 0
+        workers = self.world.unets | self.world.vaes
+        name = data.draw(st.sampled_from(sorted(workers)))
+        if not workers[name].is_draining:
+            self.world.drain_worker(name)
 
     @precondition(lambda self: self.calm_since_blow > 3)
     @rule()
@@ -193,6 +205,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             carried = sum(
                 row.request_id == request.request_id and row.attempt == request.attempt
                 for unet in core.unets.values()
+                if unet.info.incarnation == request.unet
                 for slot in unet.slots
                 for row in slot.rows
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.scheduler.packing import may_skip_next, pack_batches, skip_credits
+from services.scheduler.packing import pack_batches
 from services.scheduler.policies.threads import DEFAULT_THREADS, ThreadSplit
 from services.scheduler.policy import (
     MAX_SLOTS_IN_FLIGHT,
@@ -16,6 +16,7 @@ from services.scheduler.policy import (
     make_rows,
 )
 from services.scheduler.profile import SlotKind
+from services.scheduler.skipping import may_skip_next, skip_credits
 from services.scheduler.state import Request
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
+from services.scheduler.options import WindowRule
 from services.scheduler.packing import pack_batches
 from services.scheduler.planner import greedy, solve
 from services.scheduler.policy import (
@@ -18,7 +19,7 @@ from services.scheduler.policy import (
 )
 from services.scheduler.state import Outlook
 from services.scheduler.threshold import Stretches, Threshold, ThresholdRule
-from services.scheduler.window import WindowRule, make_window
+from services.scheduler.window import make_window
 
 MIN_DECODE_SHARE = 0.1
 """Of the device's time, in the decoder's predicted wait, however high the threshold."""
@@ -89,7 +90,7 @@ class SynerDiff:
         if gap.chunks:
             grants = self._grants(view, window.decodes, gap.chunks, is_gap=True)
             if grants:
-                return Plan(grants=grants, outlook=outlook, ledger=(gap.ms, 0.0))
+                return Plan(grants=grants, outlook=outlook, spends=(gap.ms, 0.0))
         kind = window.kinds[slot.chunks]
         grants = self._grants(view, window.decodes, slot.chunks, threads=kind.vae_threads)
         skipped = frozenset(one.request_id for one in islice(window.skippable, slot.skips))
@@ -99,7 +100,7 @@ class SynerDiff:
             kind=kind,
             grants=grants,
             outlook=outlook,
-            ledger=(slot.ms, window.first_alone_ms),
+            spends=(slot.ms, window.first_alone_ms),
         )
 
     def _window_rule(self) -> WindowRule:

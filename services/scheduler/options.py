@@ -1,0 +1,151 @@
+"""What a plan may choose from in each slot of its window, and in the gap ahead of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from statistics import fmean
+
+from services.scheduler.drift import ALONE, BESIDE, CHUNKS, Drift
+from services.scheduler.durations import Durations
+from services.scheduler.packing import Batch
+from services.scheduler.planner import Option
+from services.scheduler.policy import Decode
+from services.scheduler.profile import SlotKind
+from services.scheduler.skipping import Skippable
+
+GAP_COUNTS = (1, 2, 4)
+"""Chunks on offer in a gap, besides what is left of the first decodes."""
+
+Kinds = dict[int, SlotKind]
+"""The fastest kind of a slot by the chunks beside it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowRule:
+    """What a window is made of, and what a skipped row is worth.
+
+    num_slots: UNet slots ahead; as many behind. gap_overhead_ms: what a gap costs beside its
+    chunks, two messages. max_decode_wait_s: an older decode is granted regardless. chunking: offer
+    parts of decodes. skip: offer skips. skip_price: a row is skipped where its saved time is worth
+    more than so many times itself to those who wait. batchmate_weight: how much of a waiting
+    request one in the same slot counts as.
+    """
+
+    num_slots: int = 4
+    gap_overhead_ms: float = 3.0
+    max_decode_wait_s: float = 3.0
+    chunking: bool = True
+    skip: bool = True
+    skip_price: float = 0.5
+    batchmate_weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Times:
+    """A device's durations as they have drifted, in ms."""
+
+    durations: Durations
+    drift: Drift
+
+    def alone_ms(self, size: str, rows: int) -> float:
+        """Of a slot with nothing beside it."""
+        return self.durations.alone(size, rows)[1] * self.drift.factor(ALONE)
+
+    def mean_chunk_ms(self, decodes: Sequence[Decode]) -> float:
+        """Of those decodes, alone; 0 for none."""
+        if not decodes:
+            return 0.0
+        return fmean(one.chunk_ms for one in decodes) * self.drift.factor(CHUNKS)
+
+    def chunk_weight(self, size: str, chunk_ms: float) -> float:
+        """A pending chunk in terms of one of the slot's own picture size."""
+        own_ms = self.durations.chunk_ms(size) * self.drift.factor(CHUNKS)
+        return chunk_ms / own_ms if own_ms else 1.0
+
+
+def gap_options(
+    decodes: Sequence[Decode], chunk_ms: float, rule: WindowRule, *, is_forced: bool
+) -> tuple[Option, ...]:
+    """Nothing in no time, or some chunks alone; whole decodes only, where they can't be cut."""
+    nothing = Option(chunks=0, skips=0, ms=0.0)
+    if not decodes:
+        return (nothing,)
+    whole = tuple(accumulate(islice((one.remaining for one in decodes), 2)))
+    counts = {whole[0], *GAP_COUNTS} if rule.chunking else set(whole)
+    if is_forced:
+        counts = {whole[0]}
+    return (
+        nothing,
+        *(
+            Option(chunks=count, skips=0, ms=count * chunk_ms + rule.gap_overhead_ms)
+            for count in sorted(counts)
+        ),
+    )
+
+
+def slot_options(
+    times: Times,
+    batch: Batch,
+    candidates: Sequence[Skippable],
+    decodes: Sequence[Decode],
+    *,
+    chunk_ms: float,
+    num_waiting: float,
+    rule: WindowRule,
+) -> tuple[tuple[Option, ...], Kinds]:
+    """Every (chunks beside, skips) worth offering; and the kind for each number of chunks.
+
+    num_waiting: whom a shorter slot serves.
+    """
+    size, rows, durations = batch.key.size, batch.rows, times.durations
+    alone, beside = times.drift.factor(ALONE), times.drift.factor(BESIDE)
+    weight = times.chunk_weight(size, chunk_ms)
+    counts: tuple[int, ...] = ()
+    if decodes and durations.chunk_counts(size):
+        counts = durations.chunk_counts(size) if rule.chunking else (decodes[0].remaining,)
+    skips_on_offer = _skips_on_offer(times, batch, candidates, num_waiting)
+    kinds = {0: durations.alone(size, rows)[0]}
+    options = _unbeaten(
+        Option(
+            chunks=0, skips=skips, ms=durations.alone(size, rows - skips)[1] * alone, price=price
+        )
+        for skips, price in skips_on_offer
+    )
+    for count in counts:
+        kinds[count] = durations.beside(size, rows, count, weight)[0]
+        options += _unbeaten(
+            Option(
+                chunks=count,
+                skips=skips,
+                ms=durations.beside(size, rows - skips, count, weight)[1] * beside,
+                price=price,
+            )
+            for skips, price in skips_on_offer
+        )
+    return tuple(options), kinds
+
+
+def _skips_on_offer(
+    times: Times, batch: Batch, candidates: Sequence[Skippable], num_waiting: float
+) -> list[tuple[int, float]]:
+    """No skips, half of them, all; with the price, less what the saved time is worth."""
+    size, rows = batch.key.size, batch.rows
+    prices = tuple(accumulate((one.price for one in candidates), initial=0.0))
+    offers = []
+    for skips in sorted({0, (len(candidates) + 1) // 2, len(candidates)}):
+        saved_ms = times.alone_ms(size, rows) - times.alone_ms(size, rows - skips)
+        mean_price = prices[skips] / skips if skips else 0.0
+        offers.append((skips, saved_ms * (mean_price - num_waiting)))
+    return offers
+
+
+def _unbeaten(options: Iterable[Option]) -> list[Option]:
+    """Of options with the same chunks those that no other beats in both time and price."""
+    all_options = list(options)
+    return [
+        one
+        for one in all_options
+        if not any(other.ms < one.ms and other.price < one.price for other in all_options)
+    ]
