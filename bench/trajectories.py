@@ -1,0 +1,101 @@
+"""Records what the UNet says at every step of fully guided requests, to try estimators on.
+
+An estimate of a skipped step's guidance direction can be compared with the true one without any
+further forward. What an error at a step does to the final latents is measured once, by requests
+that skip that step alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.drawing import Case, Drawing, Studio
+from services.unet_worker.guidance import SkipParameters
+from services.unet_worker.model import DiffusionModel
+from services.vae_worker.model import Decoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trajectories:
+    """Fully guided requests of one sampler, number of steps and scale.
+
+    uncond, text: (steps, cases, C, h, w), the UNet's two predictions. latents: (cases, C, h, w),
+    the final ones.
+    """
+
+    cases: tuple[Case, ...]
+    uncond: Tensor
+    text: Tensor
+    latents: Tensor
+
+    @property
+    def num_steps(self) -> int:
+        """UNet forwards of each request."""
+        return self.text.shape[0]
+
+    @property
+    def directions(self) -> Tensor:
+        """The guidance of every step, (steps, cases, C, h, w)."""
+        return self.text - self.uncond
+
+
+class _Recorder(nn.Module):
+    """A UNet that keeps what it says."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self._unet = unet
+        self.said: list[Tensor] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The UNet's own output."""
+        output = self._unet(*args, **kwargs)
+        self.said.append(output[0].detach().float().cpu().contiguous())
+        return output
+
+
+def record(
+    model: DiffusionModel, decoder: Decoder, folder: Path, cases: Sequence[Case]
+) -> Trajectories:
+    """Run the cases in full, all in one batch; they share their sampler and number of steps."""
+    recorder = _Recorder(model.unet)
+    studio = Studio(replace(model, unet=recorder), decoder, folder, {"off": None})
+    finished = studio.denoise([Drawing(case=case) for case in cases])
+    said = torch.stack(recorder.said)  # negative rows first
+    return Trajectories(
+        cases=tuple(cases),
+        uncond=said[:, : len(cases)],
+        text=said[:, len(cases) :],
+        latents=torch.cat([one.latents for one in finished]),
+    )
+
+
+def measure_gains(
+    model: DiffusionModel,
+    decoder: Decoder,
+    folder: Path,
+    full: Trajectories,
+    *,
+    level: SkipParameters,
+    steps: Sequence[int],
+) -> dict[int, float]:
+    """What a step's error becomes: |final latents - full| / |guidance's error|, by skipped step.
+
+    level: skips anywhere, and reuses the last direction. Root mean square over the cases.
+    """
+    studio = Studio(model, decoder, folder, {"off": None, "one": level})
+    gains = {}
+    for step in steps:
+        drawings = [Drawing(case=case, level="one", skips=frozenset({step})) for case in full.cases]
+        latents = torch.cat([one.latents for one in studio.denoise(drawings)])
+        directions = full.directions
+        scales = torch.tensor([case.guidance_scale - 1 for case in full.cases])
+        wrong = (directions[step - 1] - directions[step]) * scales.view(-1, 1, 1, 1)
+        gains[step] = ((latents - full.latents).square().mean() / wrong.square().mean()).sqrt()
+    return {step: float(gain) for step, gain in gains.items()}
