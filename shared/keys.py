@@ -67,6 +67,14 @@ def latents(request_id: str, attempt: str) -> str:
     return f"sd:latents:{request_id}:{attempt}"
 
 
+def resume(request_id: str, attempt: str) -> str:
+    """Hash of what a drained UNet worker has left of a request: `step`, and its `state`.
+
+    Deleted by the worker that goes on with it; expires.
+    """
+    return f"sd:resume:{request_id}:{attempt}"
+
+
 def worker(incarnation: str) -> str:
     """A worker's `WorkerInfo`. Its heartbeat rewrites it; its expiry means the worker is lost."""
     return f"sd:worker:{incarnation}"

@@ -210,9 +210,23 @@ class WorkerLost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerDraining:
-    """A worker was told to stop: give it nothing new."""
+    """A worker was told to stop: give it nothing new, and say so with `LeaveWhenDone`."""
 
     incarnation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestHandedBack:
+    """A UNet worker that drains holds this request no more; another one goes on with it.
+
+    step_index: the forward that comes next. Above 0 everything that the next worker needs lies in
+    Redis (`keys.resume`), under the same attempt.
+    """
+
+    incarnation: str
+    request_id: str
+    attempt: str
+    step_index: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +245,10 @@ class WorkerAnnounced:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestAdmitted:
-    """The prompt is encoded and the latents are resident; forwards may be scheduled."""
+    """The prompt is encoded and the latents are resident; forwards may be scheduled.
+
+    step_index: the first of them, above 0 where another worker has been before.
+    """
 
     incarnation: str
     request_id: str
@@ -239,6 +256,7 @@ class RequestAdmitted:
     num_forwards: int
     is_guided: bool
     warnings: tuple[str, ...] = ()
+    step_index: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,12 +333,17 @@ class RequestFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdmitRequest:
-    """Encode the prompt and draw the latents."""
+    """Encode the prompt and draw the latents.
+
+    resume_step: above 0, go on at this forward with what a drained worker has left (`keys.resume`);
+    where that is gone, begin at the first.
+    """
 
     epoch: int
     request_id: str
     attempt: str
     parameters: ImageParameters
+    resume_step: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -414,8 +437,8 @@ class BeginEpoch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drain:
-    """Take nothing new, finish what you have, leave."""
+class LeaveWhenDone:
+    """Whatever the scheduler had for this draining worker has been sent: nothing new comes."""
 
     epoch: int
 
@@ -455,6 +478,7 @@ ToScheduler = (
     | WorkerLost
     | WorkerDraining
     | WorkerAnnounced
+    | RequestHandedBack
     | RequestAdmitted
     | SlotDenoised
     | LatentsFinished
@@ -463,7 +487,9 @@ ToScheduler = (
     | HandleLost
     | RequestFailed
 )
-ToUnetWorker = AdmitRequest | DenoiseSlot | ReleaseRequest | ReleaseLatents | BeginEpoch | Drain
-ToVaeWorker = DecodeLatents | GrantChunks | CancelDecode | BeginEpoch | Drain
+ToUnetWorker = (
+    AdmitRequest | DenoiseSlot | ReleaseRequest | ReleaseLatents | BeginEpoch | LeaveWhenDone
+)
+ToVaeWorker = DecodeLatents | GrantChunks | CancelDecode | BeginEpoch | LeaveWhenDone
 ToGateway = RequestsProgressed | RequestFinished
 Message = ToScheduler | ToUnetWorker | ToVaeWorker | ToGateway

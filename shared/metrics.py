@@ -1,7 +1,7 @@
-"""Every metric of the project, in one place, and how they are served.
+"""Every metric of the project, in one place.
 
 Under `synerdiff up` the services share a directory (PROMETHEUS_MULTIPROC_DIR) and the gateway's
-`/metrics` shows them all; in containers each service serves its own on `metrics_port`.
+`/metrics` shows them all; in containers each service serves its own (`probe`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from prometheus_client import (
     Histogram,
     generate_latest,
     multiprocess,
-    start_http_server,
 )
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -69,18 +68,13 @@ DECODE_SECONDS = Histogram(
     "Time of a whole decode on the compute thread",
     buckets=_STEP_SECONDS,
 )
+RESUMED = Counter("synerdiff_resumed", "Requests gone on with where a drained worker left them")
 IMAGES_ENCODED = Counter("synerdiff_images_encoded", "Images encoded, by format", ["format"])
 POOL_SLOTS = Gauge(
     "synerdiff_pool_slots", "Tensor pool slots by state", ["state"], multiprocess_mode="livesum"
 )
 TRANSFERS = Counter("synerdiff_transfers", "Latents taken over, by transport kind", ["transport"])
 HANDLES_LOST = Counter("synerdiff_handles_lost", "Handles that could not be read")
-
-
-def serve_metrics(port: int) -> None:
-    """Serve this process's metrics at http://0.0.0.0:PORT/metrics; port 0 does nothing."""
-    if port:
-        start_http_server(port)
 
 
 def render_metrics() -> tuple[bytes, str]:

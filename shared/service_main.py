@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from shared.errors import SynerDiffError
 from shared.logs import configure_logging, get_logger
-from shared.metrics import serve_metrics
+from shared.probe import serve_probe
 from shared.settings import ServiceSettings, load_settings
 from shared.streams import connect
 
@@ -43,7 +43,7 @@ def run_service(
     configure_logging(service=name, log_format=settings.log_format, level=settings.log_level)
     log = get_logger()
     log.info("starting", settings=settings.model_dump(mode="json"))
-    serve_metrics(settings.metrics_port)
+    serve_probe(settings.metrics_port)
 
     async def serve() -> None:
         redis = connect(settings.redis_url)

@@ -27,7 +27,10 @@ PolicyName = Literal[
 
 
 class ServiceSettings(BaseSettings):
-    """What every service needs. metrics_port: 0 serves no metrics of its own."""
+    """What every service needs. metrics_port: 0 serves no metrics of its own.
+
+    drain_timeout_s: how long work in flight may take once a service is asked to stop.
+    """
 
     model_config = SettingsConfigDict(env_prefix="SYNERDIFF_", frozen=True, extra="ignore")
 
@@ -37,6 +40,7 @@ class ServiceSettings(BaseSettings):
     metrics_port: int = Field(0, ge=0, le=65535)
     image_ttl_s: int = Field(3_600, ge=1)
     record_ttl_s: int = Field(86_400, ge=1)
+    drain_timeout_s: float = Field(20.0, ge=0)
     image_budget_mb: int = Field(1_024, ge=1)
 
     @property
@@ -53,7 +57,6 @@ class GatewaySettings(ServiceSettings):
     """max_open_requests: images accepted and not final. request_timeout_s: of a waiting client.
 
     public_url: what links to pictures begin with; empty takes it from each request's Host.
-    drain_timeout_s: how long requests in flight may take once the gateway is asked to stop.
     """
 
     host: str = "127.0.0.1"
@@ -165,12 +168,18 @@ def available_threads() -> int:
     torch ignores the quota; a worker with more threads than quota is throttled in bursts.
     """
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, min(cores, _cgroup_quota(cores)))
+    return max(1, min(cores, cgroup_quota(cores)))
 
 
-def _cgroup_quota(cores: int) -> int:
+def cgroup_quota(cores: int, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs that this container's quota allows, rounded up; `cores` where there is no quota."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if (cgroup / "cpu.max").exists():
+            quota, period = (cgroup / "cpu.max").read_text().split()
+        else:  # the first version of cgroups
+            quota = (cgroup / "cpu/cpu.cfs_quota_us").read_text()
+            period = (cgroup / "cpu/cpu.cfs_period_us").read_text()
+        # No quota is "max", or -1 in the first version.
+        return -(-int(quota) // int(period)) if int(quota) > 0 else cores
     except (OSError, ValueError):
         return cores
-    return cores if quota == "max" else -(-int(quota) // int(period))

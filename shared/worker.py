@@ -6,6 +6,7 @@ Model calls run in the compute thread, so heartbeats and messages go on while a 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections import deque
@@ -20,10 +21,22 @@ from redis.asyncio import Redis
 from shared import codec, keys
 from shared.cuda_ipc import gpu_uuid
 from shared.host import device_identity, host_identity
-from shared.messages import Message, WorkerInfo, WorkerLost, WorkerRegistered
+from shared.messages import (
+    BeginEpoch,
+    LeaveWhenDone,
+    Message,
+    WorkerDraining,
+    WorkerInfo,
+    WorkerLost,
+    WorkerRegistered,
+)
+from shared.probe import READINESS
 from shared.streams import MAX_BLOCK_MS, Streams, script
 
 T = TypeVar("T")
+
+LET_GO_TIMEOUT_S = 5.0
+"""How long a draining worker without work waits for the scheduler's word; there may be none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,13 +100,19 @@ class WorkerLink:
     `work` and `control` fill by themselves once `run` runs; `post` keeps the order of what it is
     given and returns at once.
 
+    A worker drains before it stops: `drain` asks the scheduler for nothing new, and once the worker
+    holds nothing and `may_leave`, it calls `stop`.
+
     Args:
         redis: The connection; the caller owns it.
         incarnation: Whose streams to read.
         heartbeat_ttl_ms: A worker that is silent for so long is lost.
+        drain_timeout_s: How long draining may take; then it stops whatever is left.
     """
 
-    def __init__(self, redis: Redis, incarnation: str, *, heartbeat_ttl_ms: int) -> None:
+    def __init__(
+        self, redis: Redis, incarnation: str, *, heartbeat_ttl_ms: int, drain_timeout_s: float
+    ) -> None:
         self.incarnation = incarnation
         self.work: deque[Message] = deque()
         self.control: deque[Message] = deque()
@@ -102,7 +121,10 @@ class WorkerLink:
         self._heartbeat = script(redis, "heartbeat")
         self._heartbeat_ttl_ms = heartbeat_ttl_ms
         self._outbox: asyncio.Queue[Message | None] = asyncio.Queue()
+        self._drain_timeout_s = drain_timeout_s
         self._has_news = asyncio.Event()
+        self._is_draining = asyncio.Event()
+        self._may_leave = False
         self._is_stopping = asyncio.Event()
 
     @property
@@ -110,9 +132,29 @@ class WorkerLink:
         """Whether `stop` was called."""
         return self._is_stopping.is_set()
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether `drain` was called."""
+        return self._is_draining.is_set()
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether nothing new comes: the scheduler has said so, or does not answer."""
+        return self._may_leave
+
+    def drain(self) -> None:
+        """Ask for nothing new; called again, stop at once."""
+        if self.is_draining:
+            self.stop()
+            return
+        self._is_draining.set()
+        self.post(WorkerDraining(incarnation=self.incarnation))
+        self._has_news.set()
+
     def stop(self) -> None:
         """End `run`, after what was posted is sent."""
         self._is_stopping.set()
+        self._is_draining.set()
         self._has_news.set()
 
     def post(self, *messages: Message) -> None:
@@ -136,6 +178,7 @@ class WorkerLink:
             group.create_task(self._beat_until_stopped(info))
             group.create_task(self._read_until_stopped())
             group.create_task(self._send_until_stopped())
+            group.create_task(self._stop_drained_late())
         await self._redis.delete(keys.worker(self.incarnation))
         await self._streams.send(keys.SCHEDULER, WorkerLost(incarnation=self.incarnation))
 
@@ -155,15 +198,27 @@ class WorkerLink:
                 self.incarnation,
             ],
         )
+        READINESS.renew(self._heartbeat_ttl_ms / 1000)
 
     async def _beat_until_stopped(self, info: WorkerInfo) -> None:
         while not self.is_stopping:
             await self._beat(info)
-            try:
-                async with asyncio.timeout(self._heartbeat_ttl_ms / 5_000):
-                    await self._is_stopping.wait()
-            except TimeoutError:
-                pass
+            await self._pause(self._heartbeat_ttl_ms / 5_000)
+
+    async def _stop_drained_late(self) -> None:
+        """Bound the time that draining takes, with and without an answer."""
+        await self._is_draining.wait()
+        await self._pause(min(LET_GO_TIMEOUT_S, self._drain_timeout_s))
+        self._may_leave = True
+        self._has_news.set()
+        await self._pause(self._drain_timeout_s - LET_GO_TIMEOUT_S)
+        self.stop()
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait for so long, or until stopped."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._is_stopping.wait()
 
     async def _read_until_stopped(self) -> None:
         lanes = {
@@ -176,6 +231,7 @@ class WorkerLink:
             for entry in entries:
                 lanes[entry.stream].append(entry.message)
                 positions[entry.stream] = entry.entry_id
+                self._note(entry.message)
             if entries:
                 self._has_news.set()
             for stream in lanes:
@@ -183,6 +239,18 @@ class WorkerLink:
                 ids = [entry.entry_id for entry in entries if entry.stream == stream]
                 await self._streams.delete(stream, ids)
         self._outbox.put_nowait(None)
+
+    def _note(self, message: Message) -> None:
+        """What concerns every worker's leaving."""
+        match message:
+            case LeaveWhenDone():
+                self._may_leave = True
+            case BeginEpoch() if self.is_draining:
+                # The new scheduler does not know yet.
+                self._may_leave = False
+                self.post(WorkerDraining(incarnation=self.incarnation))
+            case _:
+                pass
 
     async def _send_until_stopped(self) -> None:
         is_over = False

@@ -42,6 +42,7 @@ def make_request(
     guidance_skip: str = "off",
     deadline_ms: int = 0,
     owner: str = "",
+    sampler: str = "ddim",
 ) -> messages.GenerateImage:
     parameters = messages.ImageParameters(
         prompt=request_id,
@@ -51,7 +52,7 @@ def make_request(
         width=side,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
-        sampler="ddim",
+        sampler=sampler,
         guidance_skip=guidance_skip,
         output_format="png",
         output_compression=100,
@@ -91,7 +92,12 @@ def make_worker(
 
 @dataclass
 class FakeUnet:
+    """A request with a sampler that is not "ddim" can't move from here once it has begun."""
+
     info: messages.WorkerInfo
+    is_draining: bool = False
+    may_leave: bool = False
+    unmovable: set[str] = field(default_factory=set)
     held: dict[str, tuple[str, int, int, bool]] = field(default_factory=dict)
     slots: deque[messages.DenoiseSlot] = field(default_factory=deque)
     finished: dict[int, messages.LatentsFinished] = field(default_factory=dict)
@@ -108,6 +114,8 @@ class FakeDecode:
 @dataclass
 class FakeVae:
     info: messages.WorkerInfo
+    is_draining: bool = False
+    may_leave: bool = False
     decodes: dict[str, FakeDecode] = field(default_factory=dict)
     epoch: int = 0
 
@@ -127,6 +135,7 @@ class World:
     attempts: dict[str, list[str]] = field(default_factory=dict)
     final: dict[str, str] = field(default_factory=dict)
     ran: set[tuple[str, str, int]] = field(default_factory=set)
+    states: dict[tuple[str, str], int] = field(default_factory=dict)
     num_incarnations: int = 0
     num_latents: int = 0
     log: list[tuple[Event, float, list[Command]]] = field(default_factory=list)
@@ -150,6 +159,7 @@ class World:
                     request=request,
                     attempt=tokens[-1] if tokens else "",
                     num_attempts=len(tokens),
+                    resume_step=self.states.get((request_id, tokens[-1]), 0) if tokens else 0,
                 )
             )
         for worker in [*self.unets.values(), *self.vaes.values()]:
@@ -229,20 +239,79 @@ class World:
         self.vaes.pop(incarnation, None)
         self.mail.append(messages.WorkerLost(incarnation=incarnation))
 
+    def drain_worker(self, incarnation: str) -> None:
+        """A worker is told to stop, between two slots."""
+        worker = self.unets.get(incarnation) or self.vaes[incarnation]
+        worker.is_draining = True
+        self.mail.append(messages.WorkerDraining(incarnation=incarnation))
+        if unet := self.unets.get(incarnation):
+            for request_id in sorted(unet.held):
+                self._hand_back(unet, request_id)
+
+    def _hand_back(self, unet: FakeUnet, request_id: str) -> None:
+        attempt, step, _, _ = unet.held[request_id]
+        if step and request_id in unet.unmovable:
+            return
+        del unet.held[request_id]
+        if step:
+            self.states[request_id, attempt] = step
+        self.mail.append(
+            messages.RequestHandedBack(
+                incarnation=unet.info.incarnation,
+                request_id=request_id,
+                attempt=attempt,
+                step_index=step,
+            )
+        )
+
+    def leave_if_done(self, incarnation: str) -> None:
+        """A drained worker goes once nobody needs it."""
+        worker = self.unets.get(incarnation) or self.vaes.get(incarnation)
+        if worker is None or not worker.may_leave:
+            return
+        is_needed = (
+            worker.held or worker.finished if isinstance(worker, FakeUnet) else worker.decodes
+        )
+        if not is_needed:
+            self.kill_worker(incarnation)
+
     def _receive(self, incarnation: str, message: messages.Message) -> None:
+        worker = self.unets.get(incarnation) or self.vaes.get(incarnation)
+        if worker and worker.is_draining and isinstance(message, messages.LeaveWhenDone):
+            worker.may_leave = True
+        if worker and worker.is_draining and isinstance(message, messages.BeginEpoch):
+            worker.may_leave = False
+            self.mail.append(messages.WorkerDraining(incarnation=incarnation))
         if unet := self.unets.get(incarnation):
             self._unet_receives(unet, message)
         elif vae := self.vaes.get(incarnation):
             self._vae_receives(vae, message)
+        self.leave_if_done(incarnation)
 
     def _unet_receives(self, unet: FakeUnet, message: messages.Message) -> None:
         match message:
             case messages.AdmitRequest() if message.epoch >= unet.epoch:
                 parameters = message.parameters
                 guided = parameters.guidance_scale > 1
+                step = message.resume_step
+                place = (message.request_id, message.attempt)
+                assert step == self.states.get(place, 0), f"{place} resumes at {step}"
+                if unet.is_draining:
+                    self.mail.append(
+                        messages.RequestHandedBack(
+                            incarnation=unet.info.incarnation,
+                            request_id=message.request_id,
+                            attempt=message.attempt,
+                            step_index=step,
+                        )
+                    )
+                    return
+                self.states.pop(place, None)
+                if parameters.sampler != "ddim":
+                    unet.unmovable.add(message.request_id)
                 unet.held[message.request_id] = (
                     message.attempt,
-                    0,
+                    step,
                     parameters.num_inference_steps,
                     guided,
                 )
@@ -253,6 +322,7 @@ class World:
                         attempt=message.attempt,
                         num_forwards=parameters.num_inference_steps,
                         is_guided=guided,
+                        step_index=step,
                     )
                 )
             case messages.DenoiseSlot() if message.epoch >= unet.epoch:
@@ -343,6 +413,8 @@ class World:
             )
             unet.finished[self.num_latents] = latents
             self.mail.append(latents)
+        if unet.is_draining:
+            self.leave_if_done(incarnation)
 
     def _vae_receives(self, vae: FakeVae, message: messages.Message) -> None:
         match message:
@@ -395,6 +467,7 @@ class World:
             )
             return
         del producer.finished[command.handle.slot]
+        self.leave_if_done(producer.info.incarnation)
         current = self.attempts[request_id][-1] == command.attempt
         if current and self.finish(request_id, "done"):
             self.mail.append(
@@ -406,6 +479,7 @@ class World:
                     transport="shm",
                 )
             )
+        self.leave_if_done(incarnation)
 
     def run_until_quiet(self, *, max_rounds: int = 3_000) -> None:
         """Let everything happen, in a fixed order, until nothing is left to happen."""

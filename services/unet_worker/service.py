@@ -11,13 +11,14 @@ from typing import Any, cast
 import torch
 from redis.asyncio import Redis
 
-from services.unet_worker.denoiser import Denoiser, FinishedLatents, SlotResult
+from services.unet_worker.denoiser import Admission, Denoiser, FinishedLatents, SlotResult
 from services.unet_worker.isolation import run_isolated
 from services.unet_worker.model import DiffusionModel, load_model
+from services.unet_worker.resume import find_state, leave_state
 from services.unet_worker.samplers import DEFAULT_SAMPLER
 from shared import codec, keys, metrics
 from shared.cuda_ipc import gpu_ipc
-from shared.errors import SynerDiffError
+from shared.errors import ProtocolError, SynerDiffError
 from shared.logs import get_logger
 from shared.messages import (
     AdmitRequest,
@@ -31,6 +32,7 @@ from shared.messages import (
     ReleaseRequest,
     RequestAdmitted,
     RequestFailed,
+    RequestHandedBack,
     SlotDenoised,
     TensorHandle,
     WorkerAnnounced,
@@ -63,7 +65,10 @@ class UnetWorkerService:
         self._worker_id = worker_id
         self._threads = settings.threads or available_threads()
         self._link = WorkerLink(
-            redis, make_incarnation(worker_id), heartbeat_ttl_ms=settings.heartbeat_ttl_ms
+            redis,
+            make_incarnation(worker_id),
+            heartbeat_ttl_ms=settings.heartbeat_ttl_ms,
+            drain_timeout_s=settings.drain_timeout_s,
         )
         self._compute = ComputeThread(self._threads)
         self._denoiser: Denoiser
@@ -75,8 +80,8 @@ class UnetWorkerService:
         self._epoch = 0
 
     def stop(self) -> None:
-        """End `run` after the current slot."""
-        self._link.stop()
+        """Hand back what is held, see it decoded, end; called again: end after this slot."""
+        self._link.drain()
 
     async def run(self) -> None:
         """Load, measure, register, denoise until stopped."""
@@ -92,6 +97,8 @@ class UnetWorkerService:
                     while self._slots and not self._link.is_stopping:
                         await self._run_slot(self._slots.popleft(), group)
                         await self._take_messages(group)
+                    if self._link.may_leave and not self._holds_anything():
+                        self._link.stop()
         finally:
             self._compute.close()
             if self._pool:
@@ -165,6 +172,8 @@ class UnetWorkerService:
             message = self._link.work.popleft()
             if isinstance(message, DenoiseSlot) and message.epoch >= self._epoch:
                 self._slots.append(message)
+        if self._link.is_draining:
+            await self._hand_back()
 
     async def _take(self, message: Message, group: asyncio.TaskGroup) -> None:
         match message:
@@ -210,13 +219,12 @@ class UnetWorkerService:
         )
 
     async def _admit(self, command: AdmitRequest) -> None:
+        if self._link.is_draining:
+            self._post_handed_back(command.request_id, command.attempt, command.resume_step)
+            return
         start = time.perf_counter()
         try:
-            admission = await self._compute.run(
-                partial(
-                    self._denoiser.admit, command.request_id, command.attempt, command.parameters
-                )
-            )
+            admission, step_index = await self._take_in(command)
         except (RuntimeError, MemoryError, SynerDiffError) as error:
             log.warning("not admitted", request_id=command.request_id, error=repr(error))
             self._link.post(
@@ -238,8 +246,58 @@ class UnetWorkerService:
                 num_forwards=admission.num_forwards,
                 is_guided=admission.is_guided,
                 warnings=admission.warnings,
+                step_index=step_index,
             )
         )
+
+    async def _take_in(self, command: AdmitRequest) -> tuple[Admission, int]:
+        """Hold a request, from where a drained worker has left it if that can be; and its step."""
+        place = (command.request_id, command.attempt)
+        if command.resume_step:
+            try:
+                state = await find_state(self._redis, *place)
+                if state:
+                    admission = await self._compute.run(partial(self._denoiser.import_state, state))
+                    await self._redis.delete(keys.resume(*place))
+                    metrics.RESUMED.inc()
+                    return admission, state.step_index
+                log.warning("nothing is left to resume", request_id=command.request_id)
+            except ProtocolError as error:
+                log.warning("not resumed", request_id=command.request_id, error=str(error))
+        admit = partial(self._denoiser.admit, *place, command.parameters)
+        return await self._compute.run(admit), 0
+
+    # --- leaving --------------------------------------------------------------------------------
+
+    async def _hand_back(self) -> None:
+        """Give up every request that another worker can go on with; the others are finished here.
+
+        Its state is in Redis before the scheduler hears of it.
+        """
+        for held in self._denoiser.held():
+            place = (held.request_id, held.attempt)
+            if held.step_index:
+                export = partial(self._denoiser.export_state, *place)
+                state = await self._compute.run(export)
+                if state is None:
+                    continue
+                await leave_state(self._redis, state, ttl_s=self._settings.latents_ttl_s)
+            self._denoiser.release(*place)
+            self._post_handed_back(*place, held.step_index)
+
+    def _post_handed_back(self, request_id: str, attempt: str, step_index: int) -> None:
+        self._link.post(
+            RequestHandedBack(
+                incarnation=self._link.incarnation,
+                request_id=request_id,
+                attempt=attempt,
+                step_index=step_index,
+            )
+        )
+
+    def _holds_anything(self) -> bool:
+        """Whether somebody still needs this process: unfinished requests, uncommitted handles."""
+        return bool(self._denoiser.held() or self._finished or self._handed_over)
 
     # --- slots ----------------------------------------------------------------------------------
 
@@ -326,6 +384,7 @@ class UnetWorkerService:
             self._handed_over[(handle.slot, handle.generation)] = message
         del self._finished[finished.request_id]
         self._link.post(message)
+        self._link.nudge()
 
     async def _leave_inline_copy(self, message: LatentsFinished, latents: torch.Tensor) -> None:
         """So that no worker's death costs a finished denoising."""

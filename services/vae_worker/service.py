@@ -95,7 +95,10 @@ class VaeWorkerService:
         self._worker_id = worker_id
         self._threads = settings.threads or available_threads()
         self._link = WorkerLink(
-            redis, make_incarnation(worker_id), heartbeat_ttl_ms=settings.heartbeat_ttl_ms
+            redis,
+            make_incarnation(worker_id),
+            heartbeat_ttl_ms=settings.heartbeat_ttl_ms,
+            drain_timeout_s=settings.drain_timeout_s,
         )
         self._records = Records(redis, settings.retention)
         self._compute = ComputeThread(self._threads)
@@ -103,11 +106,12 @@ class VaeWorkerService:
         self._decoder: Decoder
         self._plans: dict[tuple[int, int], ChunkPlan] = {}
         self._decodes: dict[str, Decode] = {}
+        self._num_committing = 0
         self._epoch = 0
 
     def stop(self) -> None:
-        """End `run` after the current chunk."""
-        self._link.stop()
+        """Finish the decodes that are here, end; called again: end after the current chunk."""
+        self._link.drain()
 
     async def run(self) -> None:
         """Load, measure, register, decode until stopped."""
@@ -126,6 +130,8 @@ class VaeWorkerService:
                     else:
                         await asyncio.sleep(GRANT_POLL_S)
                     self._take_messages()
+                if self._link.may_leave and not (self._decodes or self._num_committing):
+                    self._link.stop()
         self._compute.close()
 
     # --- start ----------------------------------------------------------------------------------
@@ -276,7 +282,13 @@ class VaeWorkerService:
         if image is not None:
             self._forget(decode)
             metrics.DECODE_SECONDS.observe(decode.compute_s)
-            group.create_task(self._commit(decode, image))
+            self._num_committing += 1
+            commit = group.create_task(self._commit(decode, image))
+            commit.add_done_callback(self._on_committed)
+
+    def _on_committed(self, _: asyncio.Task[None]) -> None:
+        self._num_committing -= 1
+        self._link.nudge()
 
     def _report_grant(self, decode: Decode, *, is_last: bool) -> None:
         """One report for a grant, once all its chunks have run."""
