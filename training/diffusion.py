@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,19 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training.captions import caption_variant
 from training.emoji_set import Emoji
-from training.initialisation import start_near_identity, start_with_distinct_words
+from training.initialisation import (
+    start_near_identity,
+    start_with_distinct_captions,
+    start_with_distinct_words,
+)
 from training.loop import Draws, LoopSettings, train
-from training.tokenizer import MAX_TOKENS
+from training.tokenizer import MAX_TOKENS, tokenize
 from training.vae import LATENT_CHANNELS, LATENT_SIZE
 
-TEXT_WIDTH = 192
+TEXT_WIDTH = 384
 TEXT_LAYERS = 2
+EMBEDDING_WIDTH = 640  # of time and pooled text: about as many dimensions as there are pictures
+CAPTIONS_TOLD_APART = 12  # of each picture
 NUM_TRAIN_TIMESTEPS = 1000
 MIN_SNR_GAMMA = 5.0
 NOISY_BIAS = 0.7  # below 1: a larger share of the timesteps is noisy
@@ -83,6 +90,7 @@ def build_unet() -> UNet2DConditionModel:
         attention_head_dim=(1, 2, 4, 6),  # in this class the numbers of heads
         cross_attention_dim=TEXT_WIDTH,
         norm_num_groups=16,
+        time_embedding_dim=EMBEDDING_WIDTH,
         resnet_time_scale_shift="scale_shift",
         addition_embed_type="text",
         addition_embed_type_num_heads=6,
@@ -123,18 +131,39 @@ def velocity_weights(alphas_cumprod: Tensor) -> Tensor:
 
 
 class Denoiser(nn.Module):
-    """Text encoder and UNet as one module with one optimizer."""
+    """Text encoder and UNet; the text side stays as it starts.
+
+    It starts with captions told apart (`initialisation`). Learning undoes that: Adam's first steps,
+    all in the few directions that tell colours apart, leave the embeddings an effective rank of 3,
+    and recall has to wait until the rest is learned back.
+    """
 
     def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
         super().__init__()
-        self.text_encoder = text_encoder
+        self.text_encoder = text_encoder.requires_grad_(requires_grad=False)
         self.unet = unet.to(memory_format=torch.channels_last)
+        self.unet.add_embedding.requires_grad_(requires_grad=False)
 
     def forward(self, noisy: Tensor, timesteps: Tensor, token_ids: Tensor) -> Tensor:
         """Predict the velocity (B, C, h, w) of `noisy`, given its timesteps (B,) and tokens."""
         prompt_embeds = self.text_encoder(token_ids)[0]
         velocity: Tensor = self.unet(noisy, timesteps, prompt_embeds, return_dict=False)[0]
         return velocity
+
+
+def build_denoiser(tokenizer: CLIPTokenizer, emoji_set: tuple[Emoji, ...]) -> Denoiser:
+    """Return both, fresh, with the captions of `emoji_set` told apart."""
+    denoiser = Denoiser(build_text_encoder(tokenizer), build_unet())
+    rng = random.Random(0)
+    labels = [number for number in range(len(emoji_set)) for _ in range(CAPTIONS_TOLD_APART)]
+    captions = [caption_variant(emoji_set[label], rng) for label in labels]
+    start_with_distinct_captions(
+        denoiser.text_encoder,
+        denoiser.unet.add_embedding,
+        token_ids=tokenize(tokenizer, captions),
+        labels=torch.tensor(labels),
+    )
+    return denoiser
 
 
 def stratified_timesteps(draws: Draws, rows: int) -> Tensor:
@@ -157,31 +186,19 @@ def train_diffusion(
     checkpoint: Path,
     on_save: Callable[[nn.Module, int], None] | None = None,
 ) -> nn.Module:
-    """Teach `denoiser` to draw `latents` (N, C, h, w) from their captions; return its average.
-
-    The text side learns slowly: at full rate Adam's first steps, all in the few directions that
-    tell colours apart, drown what tells one picture from another (the embeddings' effective rank
-    falls from 34 to 2), and recall has to wait until it is learned back.
-    """
+    """Teach `denoiser` to draw `latents` (N, C, h, w) from their captions; return its average."""
     sampler = build_sampler()
     weights = velocity_weights(sampler.alphas_cumprod)
 
     def loss_of(draws: Draws) -> Tensor:
         indices = draws.indices(len(latents), rows=settings.rows)
         captions = [caption_variant(emoji_set[index], draws.random) for index in indices]
-        tokens = tokenizer(
-            captions,
-            padding="max_length",
-            max_length=MAX_TOKENS,
-            truncation=True,
-            return_tensors="pt",
-        )
         clean = latents[indices]
         timesteps = stratified_timesteps(draws, settings.rows)
         noise = torch.randn(clean.shape, generator=draws.generator)
         noisy = sampler.add_noise(clean, noise, timesteps).to(memory_format=torch.channels_last)
         velocity = sampler.get_velocity(clean, noise, timesteps)
-        predicted = denoiser(noisy, timesteps, tokens.input_ids)
+        predicted = denoiser(noisy, timesteps, tokenize(tokenizer, captions))
         error = (predicted - velocity).square().mean(dim=(1, 2, 3))
         loss: Tensor = (error * weights[timesteps]).mean()
         return loss
@@ -197,6 +214,5 @@ def train_diffusion(
             seed=settings.seed,
         ),
         checkpoint,
-        slow=(denoiser.text_encoder, denoiser.unet.add_embedding),
         on_save=on_save,
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from diffusers.models.embeddings import TextTimeEmbedding
+from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 WORD_STD = 0.3
 POSITION_STD = 0.002
 VALUE_GAIN = 3.0
+RIDGE = 1e-2
+CAPTIONS_AT_ONCE = 512
 LINKS = ("conv_shortcut", "decoder.conv_in", "encoder.conv_out", "quant_conv")
 
 
@@ -47,3 +50,47 @@ def start_with_distinct_words(text_encoder: CLIPTextModel, silent_tokens: list[i
     for layer in model.encoder.layers:
         nn.init.orthogonal_(layer.self_attn.v_proj.weight, gain=VALUE_GAIN)
         nn.init.orthogonal_(layer.self_attn.out_proj.weight)
+
+
+@torch.no_grad()
+def start_with_distinct_captions(
+    text_encoder: CLIPTextModel,
+    embedding: TextTimeEmbedding,
+    *,
+    token_ids: Tensor,
+    labels: Tensor,
+) -> None:
+    """Let the pooled embedding tell pictures apart, and little else.
+
+    A linear discriminant analysis: `embedding`'s projection whitens the pooled text, and shrinks
+    each direction, as a Wiener filter does, by the share of it that differs from picture to picture
+    rather than among captions of the same one.
+
+    Args:
+        text_encoder: Whose hidden states are pooled.
+        embedding: Whose projection is set.
+        token_ids: (N, tokens), of several captions of each picture.
+        labels: (N,), the pictures' numbers, from 0 on without a gap.
+    """
+    pooled = torch.cat(
+        [
+            embedding.pool(embedding.norm1(text_encoder(part)[0]))
+            for part in torch.split(token_ids, CAPTIONS_AT_ONCE)
+        ]
+    )
+    mean = pooled.mean(dim=0)
+    pooled = pooled - mean
+    counts = labels.bincount().unsqueeze(1)
+    centres = torch.zeros(len(counts), pooled.shape[1]).index_add_(0, labels, pooled) / counts
+    within = (pooled - centres[labels]).T.cov(correction=0)
+    within += RIDGE * within.diagonal().mean() * torch.eye(len(within))
+    unmix = torch.linalg.inv(torch.linalg.cholesky(within))
+    ratios, directions = torch.linalg.eigh(unmix @ centres.T.cov(correction=0) @ unmix.T)
+    ratios = ratios.clamp(min=0)
+    gains = ratios / (ratios + 1) ** 1.5
+    whitening = gains.unsqueeze(1) * (directions.T @ unmix)
+    shape = embedding.proj.weight.shape
+    spread = torch.linalg.qr(torch.randn(max(shape), min(shape))).Q
+    projection = (spread if shape[0] >= shape[1] else spread.T) @ whitening
+    embedding.proj.weight.copy_(projection)
+    embedding.proj.bias.copy_(-projection @ mean)

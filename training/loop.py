@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 LOG_EVERY_STEPS = 50
 SYNC_EVERY_STEPS = 8
-SLOW_FACTOR = 0.1
 SAVE_EVERY_S = 180.0
 PAUSE_POLL_S = 1.0
 
@@ -102,24 +101,17 @@ def train(
     settings: LoopSettings,
     checkpoint: Path,
     *,
-    slow: tuple[nn.Module, ...] = (),
     on_save: Callable[[nn.Module, int], None] | None = None,
 ) -> nn.Module:
     """Minimise `loss_of` until `settings.steps`, from `checkpoint` where there is one.
 
     Returns the exponential moving average of `module`. `on_save` is given that average and the
-    step after every checkpoint. The modules in `slow` learn at a tenth of the rate. SIGUSR1
-    pauses the training, and resumes it.
+    step after every checkpoint. SIGUSR1 pauses the training, and resumes it.
     """
     average = copy.deepcopy(module).requires_grad_(requires_grad=False).eval()
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    slow_ids = {id(parameter) for part in slow for parameter in part.parameters()}
-    groups = [
-        {"params": [p for p in parameters if id(p) not in slow_ids], "factor": 1.0},
-        {"params": [p for p in parameters if id(p) in slow_ids], "factor": SLOW_FACTOR},
-    ]
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        parameters,
         lr=settings.peak_rate,
         betas=(0.9, 0.98),
         weight_decay=settings.weight_decay,
@@ -138,7 +130,7 @@ def train(
     while step < settings.steps:
         switch.wait()
         for group in optimizer.param_groups:
-            group["lr"] = cosine_rate(step, settings) * group["factor"]
+            group["lr"] = cosine_rate(step, settings)
         loss = loss_of(Draws(seed=settings.seed, step=step))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

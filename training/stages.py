@@ -30,8 +30,7 @@ from training.contact_sheet import SHOWCASE, save_contact_sheet
 from training.diffusion import (
     Denoiser,
     DiffusionSettings,
-    build_text_encoder,
-    build_unet,
+    build_denoiser,
     train_diffusion,
 )
 from training.emoji_set import load_emoji_set
@@ -109,7 +108,7 @@ class Run:
         """Return the weights to start from: new ones, or those of `start_from`."""
         torch.manual_seed(self.diffusion.seed)
         if self.start_from is None:
-            return Denoiser(build_text_encoder(self.tokenizer()), build_unet())
+            return build_denoiser(self.tokenizer(), load_emoji_set())
         text_encoder = CLIPTextModel.from_pretrained(
             self.start_from / "text_encoder", dtype=torch.float32
         )

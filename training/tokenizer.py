@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 MAX_TOKENS = 16
@@ -105,3 +106,16 @@ def _merged(symbols: tuple[str, ...], pair: Pair) -> tuple[str, ...]:
             merged.append(symbol)
             is_joined = False
     return tuple(merged)
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Return the token ids (B, MAX_TOKENS) of `captions`, padded and cut."""
+    tokens = tokenizer(
+        captions,
+        padding="max_length",
+        max_length=MAX_TOKENS,
+        truncation=True,
+        return_tensors="pt",
+    )
+    ids: Tensor = tokens.input_ids
+    return ids

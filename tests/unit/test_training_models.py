@@ -7,10 +7,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from training.captions import vocabulary_texts
 from training.contact_sheet import contact_sheet
-from training.diffusion import NOISY_BIAS, build_sampler, stratified_timesteps, velocity_weights
+from training.diffusion import (
+    NOISY_BIAS,
+    build_denoiser,
+    build_sampler,
+    stratified_timesteps,
+    velocity_weights,
+)
+from training.emoji_set import load_emoji_set
 from training.loop import Draws, LoopSettings, cosine_rate, train
 from training.retrieval import REFERENCE_SIZE, References, load_references, shrink
+from training.tokenizer import tokenize, train_tokenizer
 from training.vae import LATENT_CHANNELS, build_vae, fold_normalisation
 
 
@@ -166,3 +175,33 @@ def test_a_sheet_has_a_cell_for_every_picture() -> None:
     assert sheet.height == 3 * (22 + 18)
     reds = sum(sheet.getpixel((x, y)) == (255, 0, 0) for x in range(44) for y in range(120))
     assert reds == 5 * 256
+
+
+def test_fresh_weights_tell_pictures_apart_however_they_are_asked_for(tmp_path: Path) -> None:
+    emoji_set = load_emoji_set()[::13]
+    tokenizer = train_tokenizer(vocabulary_texts(emoji_set), tmp_path)
+    torch.manual_seed(0)
+    denoiser = build_denoiser(tokenizer, emoji_set)
+
+    def embed(captions: list[str]) -> Tensor:
+        token_ids = tokenize(tokenizer, captions)
+        return denoiser.unet.add_embedding(denoiser.text_encoder(token_ids)[0])
+
+    names = embed([emoji.name for emoji in emoji_set])
+    asked = embed([f"a picture of a {emoji.name}" for emoji in emoji_set])
+    centre = names.mean(dim=0)
+    similarity = nn.functional.cosine_similarity(
+        (asked - centre).unsqueeze(1), (names - centre).unsqueeze(0), dim=2
+    )
+    assert similarity.argmax(dim=1).tolist() == list(range(len(emoji_set)))
+    energies = torch.linalg.svdvals(names - centre).square()
+    effective_rank = energies.sum().square() / energies.square().sum()
+    assert effective_rank > len(emoji_set) / 2
+
+
+def test_only_the_unet_learns(tmp_path: Path) -> None:
+    emoji_set = load_emoji_set()[:4]
+    denoiser = build_denoiser(train_tokenizer(vocabulary_texts(emoji_set), tmp_path), emoji_set)
+    learning = {name for name, weight in denoiser.named_parameters() if weight.requires_grad}
+    assert not any("text_encoder" in name or "add_embedding" in name for name in learning)
+    assert "unet.conv_in.weight" in learning
