@@ -81,8 +81,8 @@ class RowReport:
     has_run: whether the forward was done. next_step_index: the step the worker holds now, -1 if it
     does not hold this attempt (after its last forward it no longer does). was_skipped: the guidance
     was extrapolated. can_skip: the request's next guided step may be skipped; skip_steps: so may so
-    many steps in a row from that one on. skip_error: relative error of the extrapolated guidance at
-    the last full step, 0 where not measured.
+    many steps in a row from that one on. skip_error: relative error that extrapolated guidance
+    would have made in the last full step's prediction, 0 where not measured.
     """
 
     request_id: str

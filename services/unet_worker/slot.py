@@ -14,7 +14,7 @@ from services.unet_worker.guidance import (
     extrapolation_weight,
     guide,
     guide_from_text,
-    relative_error,
+    guidance_error,
 )
 from services.unet_worker.latents import LatentPool, Resident
 from services.unet_worker.model import DiffusionModel
@@ -38,8 +38,8 @@ class RowOutcome:
     """What a forward made of one request.
 
     step_index: the forward that was run. latents: (1, C, h, w) float32 on the device, a view.
-    skip_error: relative error of the extrapolated guidance, None where this was no full step with
-    directions kept. error: why the update failed, None if it did not.
+    skip_error: `guidance_error` of the extrapolated direction, None where this was no full step
+    with directions kept. error: why the update failed, None if it did not.
     """
 
     resident: Resident
@@ -112,7 +112,9 @@ class Slot:
                 noise_pred[skipped], estimate[skipped], guidance_scale[skipped]
             )
             measured = direction[: num_tracked - num_skipped]
-            skip_errors = relative_error(estimate[tracked], measured)
+            skip_errors = guidance_error(
+                estimate[tracked], measured, noise_pred[tracked], guidance_scale[tracked]
+            )
             pool.store_directions(rows[tracked], 1 - newest[tracked], measured)
 
         stepped = a * latents + b * noise_pred + pool.carry[rows]

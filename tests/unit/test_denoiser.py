@@ -327,21 +327,23 @@ def test_skipped_steps_extrapolate_the_guidance_of_the_last_full_ones(denoiser: 
 
 def test_the_measured_error_is_that_of_the_extrapolation(denoiser: Denoiser) -> None:
     request = parameters(guidance_skip="balanced", num_inference_steps=12, **SMALL)
+    level = SKIP_LEVELS["balanced"]
+    assert level is not None
     denoiser.admit("a", ATTEMPT, request)
-    directions = []
-    for step_index in range(4):
-        result = denoiser.run(next_rows(denoiser))
-        resident = denoiser._store.get("a", ATTEMPT)
-        assert resident is not None
-        directions.append(resident.pool.directions[resident.row, resident.newest].clone())
-        error = result.rows[0].skip_error
-        if step_index == 1:
-            expected = (directions[0] - directions[1]).norm() / directions[1].norm()
-            assert error == pytest.approx(float(expected), rel=1e-4)
-        if step_index == 3:
-            estimate = directions[2] + 0.5 * (directions[2] - directions[1])
-            expected = (estimate - directions[3]).norm() / directions[3].norm()
-            assert error == pytest.approx(float(expected), rel=1e-4)
+    said: list[torch.Tensor] = []
+    hook = denoiser._model.unet.register_forward_hook(lambda *call: said.append(call[-1][0]))
+    errors = [denoiser.run(next_rows(denoiser)).rows[0].skip_error for _ in range(4)]
+    hook.remove()
+    directions = [text - uncond for uncond, text in said]
+
+    def expected(step: int, estimate: torch.Tensor) -> float:
+        scale = request.guidance_scale
+        guided = said[step][0] + scale * directions[step]
+        return float((scale - 1) * (estimate - directions[step]).norm() / guided.norm())
+
+    assert errors[1] == pytest.approx(expected(1, directions[0]), rel=1e-3)
+    estimate = directions[2] + level.slope * (directions[2] - directions[1])
+    assert errors[3] == pytest.approx(expected(3, estimate), rel=1e-3)
 
 
 def test_samplers_with_other_forwards_than_steps_never_skip(denoiser: Denoiser) -> None:

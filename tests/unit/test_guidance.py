@@ -19,8 +19,8 @@ from services.unet_worker.guidance import (
     extrapolation_weight,
     guide,
     guide_from_text,
+    guidance_error,
     num_skippable,
-    relative_error,
 )
 
 torch.set_num_threads(1)
@@ -116,5 +116,15 @@ def test_a_direction_that_changes_linearly_is_extrapolated_exactly_by_the_full_s
     weight = torch.tensor(1 / 2).view(-1, 1, 1, 1)
     estimate = extrapolate(newest, older, weight)
     torch.testing.assert_close(estimate, actual)
-    assert relative_error(estimate, actual) < 1e-6
-    assert relative_error(2 * actual, actual) == pytest.approx(1.0)
+
+
+def test_the_error_is_what_the_estimate_changes_in_the_guided_prediction() -> None:
+    uncond, text, wrong = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    scale = torch.tensor([1.5, 7.0]).view(-1, 1, 1, 1)
+    direction = text - uncond
+    guided = guide(uncond, direction, scale)
+    skipped = guide_from_text(text, direction + wrong, scale)
+    expected = (skipped - guided).flatten(1).norm(dim=1) / guided.flatten(1).norm(dim=1)
+    error = guidance_error(direction + wrong, direction, guided, scale)
+    torch.testing.assert_close(error, expected)
+    assert error[1] > error[0]
