@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import random
+import io
 import signal
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import aiohttp
 import psutil
 import pytest
-from redis.asyncio import Redis
+from many_requests import count_states, generate
+from PIL import Image
 from running_up import STOP_TIMEOUT_S, Up, is_gone
 from tiny_model import make_tiny_model
 
 from shared import keys
-from shared.records import Records
 from shared.streams import connect
 
 NUM_REQUESTS = 200
@@ -41,32 +39,6 @@ def up(tmp_path: Path) -> Iterator[Up]:
     up.process.wait()
 
 
-def body(number: int) -> dict[str, object]:
-    rng = random.Random(number)
-    return {
-        "prompt": f"picture {number}",
-        "negative_prompt": rng.choice(["", "blue"]),
-        "num_inference_steps": rng.randint(1, 8),
-        "guidance_scale": rng.choice([1.0, 3.0, 7.5]),
-        "sampler": rng.choice(["ddim", "euler", "euler_a", "dpmpp_2m"]),
-        "size": rng.choice(["64x64", "64x64", "64x128"]),
-        "seed": number,
-    }
-
-
-async def generate(session: aiohttp.ClientSession, number: int) -> bytes:
-    """As a patient client: a broken connection or a 5xx is tried again."""
-    while True:
-        try:
-            async with session.post("/v1/images/generations", json=body(number)) as reply:
-                if reply.status == 200:
-                    return base64.b64decode((await reply.json())["data"][0]["b64_json"])
-                assert reply.status in {429, 500, 502, 503}, await reply.text()
-        except aiohttp.ClientError:
-            pass
-        await asyncio.sleep(0.2)
-
-
 def kill(up: Up, victim: str) -> None:
     for child in up.children():
         if victim in " ".join(child.cmdline()):
@@ -83,15 +55,6 @@ def resident_bytes(up: Up) -> dict[str, int]:
     }
 
 
-async def count_states(redis: Redis) -> Counter[str]:
-    records = Records(redis)
-    ids = [
-        key.decode().removeprefix(keys.request("")) async for key in redis.scan_iter("sd:request:*")
-    ]
-    found = [await records.read(request_id) for request_id in ids]
-    return Counter(record.state for record in found if record)
-
-
 async def serve_through_deaths(up: Up) -> None:
     timeout = aiohttp.ClientTimeout(total=200)
     connector = aiohttp.TCPConnector(limit=0)
@@ -104,7 +67,7 @@ async def serve_through_deaths(up: Up) -> None:
                 await asyncio.sleep(0.02)
             kill(up, victim)
         images = await asyncio.gather(*tasks)
-        assert all(image.startswith(b"\x89PNG") for image in images)
+        assert all(Image.open(io.BytesIO(image)).width for image in images)
         # Unfinished leftovers of clients that were cut off finish too.
         async with connect(f"unix://{up.data_dir}/redis.sock") as redis:
             while await redis.xlen(keys.REQUESTS):  # noqa: ASYNC110
