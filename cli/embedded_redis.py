@@ -95,6 +95,12 @@ def choose_socket(data_folder: Path, fallback_folder: Path) -> Path:
     return fallback_folder / f"synerdiff-{os.getpid()}.sock"
 
 
+def running_url(data_folder: Path) -> str | None:
+    """The server of a `synerdiff up` that keeps its data there; None if none runs."""
+    socket = data_folder / "redis.sock"
+    return f"unix://{socket}" if socket.exists() else None
+
+
 def redis_command(
     binary: RedisBinary, *, data_folder: Path, socket: Path, maxmemory_bytes: int
 ) -> tuple[str, ...]:

@@ -385,7 +385,8 @@ class ReleaseLatents:
 class DecodeLatents:
     """Decode and commit one image, as far as chunks are granted.
 
-    parameters: for the picture's format and the text in its file; no pixel depends on the rest.
+    transport: how to get at the latents, "inline" for the copy in Redis; the others fall back on
+    it. parameters: for the picture's format and the text in its file; no pixel depends on the rest.
     release_to: the producer's control stream.
     """
 
@@ -393,6 +394,7 @@ class DecodeLatents:
     request_id: str
     attempt: str
     handle: TensorHandle
+    transport: str
     parameters: ImageParameters
     skipped_steps: tuple[int, ...]
     warnings: tuple[str, ...]

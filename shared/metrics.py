@@ -35,6 +35,12 @@ HTTP_SECONDS = Histogram(
 REQUESTS = Gauge(
     "synerdiff_requests", "Open requests by state", ["state"], multiprocess_mode="mostrecent"
 )
+BACKLOG = Gauge(
+    "synerdiff_backlog",
+    "Open requests by the pool of workers that they wait for or are at: unet or vae",
+    ["pool"],
+    multiprocess_mode="mostrecent",
+)
 REQUESTS_FINISHED = Counter("synerdiff_requests_finished", "Requests with a final state", ["state"])
 REQUEST_SECONDS = Histogram(
     "synerdiff_request_seconds", "From submission to the committed image", buckets=_SECONDS
@@ -51,6 +57,12 @@ THRESHOLD = Gauge(
 )
 WORKERS = Gauge(
     "synerdiff_workers", "Registered workers by kind", ["kind"], multiprocess_mode="mostrecent"
+)
+PAIRS = Gauge(
+    "synerdiff_worker_pairs",
+    "Pairs of a UNet and a VAE worker by the transport that latents take between them",
+    ["transport"],
+    multiprocess_mode="mostrecent",
 )
 EPOCH = Gauge("synerdiff_epoch", "The scheduler's epoch", multiprocess_mode="mostrecent")
 

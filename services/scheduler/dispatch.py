@@ -14,6 +14,7 @@ from services.scheduler.placement import (
     choose_vae,
     loads,
     soonest_finish_ms,
+    transport_of,
 )
 from services.scheduler.policy import MAX_SLOTS_IN_FLIGHT, Decode, Grant, GroupView, Plan, Policy
 from services.scheduler.state import Request, SlotInFlight, Spent, Stage, UnetWorker, VaeWorker
@@ -139,7 +140,7 @@ class Dispatch:
         finished = [one for one in self._requests.values() if one.stage is Stage.LATENTS]
         busy_groups = self._busy_groups()
         for request in by_urgency(finished, now):
-            name = choose_vae(request, self._vaes, busy_groups)
+            name = choose_vae(request, self._vaes, self._unets, busy_groups)
             if name is not None:
                 self._assign(request, self._vaes[name], now)
 
@@ -151,16 +152,16 @@ class Dispatch:
         vae.decodes.append(request.request_id)
         if now > request.deadline_at and LATE_WARNING not in request.warnings:
             request.warnings = (*request.warnings, LATE_WARNING)
-        owner = request.latents.handle.owner
         decode = messages.DecodeLatents(
             epoch=self._outbox.epoch,
             request_id=request.request_id,
             attempt=request.attempt,
             handle=request.latents.handle,
+            transport=transport_of(request.latents, vae, self._unets),
             parameters=request.request.parameters,
             skipped_steps=request.latents.skipped_steps,
             warnings=request.warnings,
-            release_to=keys.control(owner),
+            release_to=keys.control(request.latents.handle.owner),
         )
         self._outbox.send(request.vae, "work", decode)
 

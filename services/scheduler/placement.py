@@ -11,6 +11,8 @@ from math import inf
 
 from services.scheduler.packing import MIN_ROWS
 from services.scheduler.state import Request, Stage, UnetWorker, VaeWorker
+from shared.host import Transport, choose_transport
+from shared.messages import LatentsFinished
 
 DECODES_PER_WORKER = 2
 """At a VAE worker at once: one decodes, the next has arrived already."""
@@ -84,13 +86,38 @@ def choose_unet(
     return best
 
 
+def transport_of(
+    latents: LatentsFinished, vae: VaeWorker, unets: Mapping[str, UnetWorker]
+) -> Transport:
+    """How latents get to a VAE worker; by their copy in Redis where their producer is gone."""
+    producer = unets.get(latents.handle.owner)
+    if producer is None or latents.handle.kind == "inline":
+        return "inline"
+    return choose_transport(producer.info, vae.info)
+
+
 def choose_vae(
-    request: Request, vaes: Mapping[str, VaeWorker], busy_groups: frozenset[str]
+    request: Request,
+    vaes: Mapping[str, VaeWorker],
+    unets: Mapping[str, UnetWorker],
+    busy_groups: frozenset[str],
 ) -> str | None:
     """The VAE worker with room that is predicted to be done first; None where no room.
 
-    One on a device that denoises gives its decodes only a share of it, so it counts as slower.
+    One on a device that denoises gives its decodes only a share of it, so it counts as slower. One
+    that can't get at the latents is left out, unless there are only such: it will say that they
+    are lost.
     """
+    latents = request.latents
+    assert latents is not None
+    fitting = {
+        name: vae
+        for name, vae in vaes.items()
+        if not vae.is_draining and vae.info.model_id == request.batch_key.model
+    }
+    if not latents.handle.inline_key:
+        near = {n: v for n, v in fitting.items() if transport_of(latents, v, unets) != "inline"}
+        fitting = near or fitting
     room = [
         (
             (len(vae.decodes) + 1)
@@ -98,10 +125,8 @@ def choose_vae(
             * (4.0 if vae.info.device_group in busy_groups else 1.0),
             name,
         )
-        for name, vae in vaes.items()
-        if not vae.is_draining
-        and len(vae.decodes) < DECODES_PER_WORKER
-        and vae.info.model_id == request.batch_key.model
+        for name, vae in fitting.items()
+        if len(vae.decodes) < DECODES_PER_WORKER
     ]
     return min(room)[1] if room else None
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from redis.asyncio import Redis
 
@@ -25,6 +26,7 @@ from services.scheduler.events import RequestRecovered, Tick
 from services.scheduler.policies import make_policy
 from shared import codec, keys, metrics
 from shared.errors import SynerDiffError
+from shared.host import Transport, choose_transport
 from shared.logs import get_logger
 from shared.messages import (
     DenoiseSlot,
@@ -45,6 +47,9 @@ from shared.streams import Streams
 LEASE_MS = 2_000
 HOUSEKEEPING_S = 0.5
 STATUS_TTL_S = 5
+
+UNET_STAGES = ("waiting", "encoding", "denoising")
+VAE_STAGES = ("latents", "decoding")
 
 log = get_logger()
 
@@ -250,12 +255,7 @@ class SchedulerService:
         await self._handle(lost)
         await self._execute(self._core.on_event(Tick(), now))
         stages = self._core.count_stages()
-        for stage in ("recovering", "waiting", "encoding", "denoising", "latents", "decoding"):
-            metrics.REQUESTS.labels(state=stage).set(stages[stage])
-        metrics.WORKERS.labels(kind="unet").set(len(self._core.unets))
-        metrics.WORKERS.labels(kind="vae").set(len(self._core.vaes))
-        for unet in self._core.unets.values():
-            metrics.THRESHOLD.labels(device_group=unet.info.device_group).set(unet.threshold.value)
+        self._show(stages)
         status = {
             "epoch": self._core.epoch,
             "policy": self._settings.policy,
@@ -270,6 +270,21 @@ class SchedulerService:
         }
         await self._redis.set(keys.STATUS, codec.encode_value(status), ex=STATUS_TTL_S)
         READINESS.renew(STATUS_TTL_S)
+
+    def _show(self, stages: Counter[str]) -> None:
+        """The gauges."""
+        unets, vaes = self._core.unets.values(), self._core.vaes.values()
+        for stage in ("recovering", *UNET_STAGES, *VAE_STAGES):
+            metrics.REQUESTS.labels(state=stage).set(stages[stage])
+        metrics.BACKLOG.labels(pool="unet").set(sum(stages[stage] for stage in UNET_STAGES))
+        metrics.BACKLOG.labels(pool="vae").set(sum(stages[stage] for stage in VAE_STAGES))
+        metrics.WORKERS.labels(kind="unet").set(len(unets))
+        metrics.WORKERS.labels(kind="vae").set(len(vaes))
+        pairs = Counter(choose_transport(unet.info, vae.info) for unet in unets for vae in vaes)
+        for transport in get_args(Transport):
+            metrics.PAIRS.labels(transport=transport).set(pairs[transport])
+        for unet in unets:
+            metrics.THRESHOLD.labels(device_group=unet.info.device_group).set(unet.threshold.value)
 
     async def _renew_lease(self) -> None:
         held = await self._redis.get(keys.SCHEDULER_LEASE)

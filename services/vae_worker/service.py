@@ -257,7 +257,7 @@ class VaeWorkerService:
         command = decode.command
         try:
             if decode.chunks is None:
-                latents, decode.transport = await self._fetch(command.handle)
+                latents, decode.transport = await self._fetch(command)
                 decode.chunks = self._chunks(latents)
             image = await self._compute.run(
                 partial(self._advance, decode), threads=decode.grants[0].command.threads
@@ -324,18 +324,23 @@ class VaeWorkerService:
             decode.grants[0].compute_s += duration_s
         return None
 
-    async def _fetch(self, handle: TensorHandle) -> tuple[torch.Tensor, str]:
+    async def _fetch(self, command: DecodeLatents) -> tuple[torch.Tensor, str]:
         """The latents and the transport that served.
 
         Raises:
             HandleLostError: Neither the pool nor an inline copy has them.
         """
+        handle, transport = command.handle, command.transport
         try:
-            latents = await asyncio.to_thread(self._reader.read, handle)
-            transport = handle.kind
-        except HandleLostError:
-            latents = await self._fetch_inline(handle)
-            transport = "inline"
+            if transport == "inline":
+                latents = await self._fetch_inline(handle)
+            else:
+                latents = await asyncio.to_thread(self._reader.read, handle)
+        except HandleLostError as error:
+            if transport == "inline":
+                raise
+            log.warning("falls back on the inline copy", reason=str(error), transport=transport)
+            latents, transport = await self._fetch_inline(handle), "inline"
         metrics.TRANSFERS.labels(transport=transport).inc()
         return latents, transport
 

@@ -1,0 +1,76 @@
+"""Which transport latents take between the workers of a running service, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+from shared import codec, keys
+from shared.errors import ConfigurationError
+from shared.host import Transport, choose_transport
+from shared.messages import WorkerInfo
+
+_TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """A UNet worker, a VAE worker of the same model, and what is between them."""
+
+    unet: str
+    vae: str
+    transport: Transport
+    reason: str
+
+
+def read_workers(redis_url: str) -> list[WorkerInfo]:
+    """The workers that are registered with a running service.
+
+    Raises:
+        ConfigurationError: There is no Redis to ask.
+    """
+    try:
+        with Redis.from_url(
+            redis_url, protocol=2, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
+        ) as redis:
+            incarnations = sorted(cast("Any", redis.smembers(keys.WORKERS)))
+            payloads = [redis.get(keys.worker(name.decode())) for name in incarnations]
+    except (RedisError, OSError) as error:
+        place = redis_url.rpartition("@")[2]
+        raise ConfigurationError(f"can't ask Redis at {place}: {error}") from error
+    return [codec.decode_value(cast("bytes", one), WorkerInfo) for one in payloads if one]
+
+
+def pair_up(workers: Sequence[WorkerInfo]) -> tuple[Pair, ...]:
+    """Every pair that latents may have to travel between."""
+    return tuple(
+        Pair(
+            unet=unet.worker_id,
+            vae=vae.worker_id,
+            transport=choose_transport(unet, vae),
+            reason=_reason(unet, vae),
+        )
+        for unet in workers
+        for vae in workers
+        if (unet.kind, vae.kind) == ("unet", "vae") and unet.model_id == vae.model_id
+    )
+
+
+def _reason(unet: WorkerInfo, vae: WorkerInfo) -> str:
+    """What decides, most fundamental first; in the order in which `choose_transport` looks."""
+    if not unet.pool:
+        return "told to use nothing else"
+    if unet.host.partition(".")[0] != vae.host.partition(".")[0]:
+        return "on different hosts"
+    if unet.host != vae.host:
+        return "on one host with no /dev/shm in common (IPC namespace, user or setting)"
+    if unet.device == vae.device:
+        return "both on the CPU of one host" if unet.device == "cpu" else "both on one GPU"
+    if "cpu" in {unet.device, vae.device}:
+        return "one on a GPU, the other on the CPU"
+    same_gpu = unet.device.partition("+")[0] == vae.device.partition("+")[0]
+    return "on one GPU, in different PID or IPC namespaces" if same_gpu else "on different GPUs"

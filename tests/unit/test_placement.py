@@ -1,0 +1,77 @@
+"""Which VAE worker gets latents, and how they reach it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from scheduler_world import make_request, make_worker
+
+from services.scheduler.placement import choose_vae, transport_of
+from services.scheduler.profile import profile_in_short
+from services.scheduler.state import Request, Stage, UnetWorker, VaeWorker
+from services.scheduler.threshold import Threshold
+from shared.messages import LatentsFinished, TensorHandle
+
+NO_GROUPS: frozenset[str] = frozenset()
+UNET = replace(make_worker("unet", "unet-0", "u"), host="here", pool="synerdiff-u")
+
+
+def unets() -> dict[str, UnetWorker]:
+    profile = profile_in_short(UNET, ())
+    return {"u": UnetWorker(info=UNET, profile=profile, threshold=Threshold(value=1.0))}
+
+
+def vaes(**hosts: str) -> dict[str, VaeWorker]:
+    return {
+        name: VaeWorker(info=replace(make_worker("vae", name, name), host=host))
+        for name, host in hosts.items()
+    }
+
+
+def finished(*, kind: str = "shm", inline_key: str = "") -> Request:
+    request = Request(request=make_request("r"), stage=Stage.LATENTS)
+    handle = TensorHandle(
+        kind=kind,
+        pool="synerdiff-u",
+        owner="u",
+        host="here",
+        slot=0,
+        generation=1,
+        shape=(1,),
+        dtype="float32",
+        inline_key=inline_key,
+    )
+    request.latents = LatentsFinished(incarnation="u", request_id="r", attempt="1", handle=handle)
+    return request
+
+
+def test_latents_travel_by_what_both_workers_have_registered() -> None:
+    found = vaes(near="here", far="there")
+    latents = finished().latents
+    assert latents
+    assert transport_of(latents, found["near"], unets()) == "shm"
+    assert transport_of(latents, found["far"], unets()) == "inline"
+
+
+def test_they_travel_by_their_copy_where_their_producer_is_gone_or_had_no_room() -> None:
+    (near,) = vaes(near="here").values()
+    kept, unpooled = finished(inline_key="k").latents, finished(kind="inline").latents
+    assert kept
+    assert unpooled
+    assert transport_of(kept, near, {}) == "inline"
+    assert transport_of(unpooled, near, unets()) == "inline"
+
+
+@pytest.mark.parametrize(("inline_key", "choice"), [("", "near"), ("copy", "far")])
+def test_latents_without_a_copy_go_only_where_they_can_be_opened(
+    inline_key: str, choice: str
+) -> None:
+    found = vaes(near="here", far="there")
+    found["near"].decodes.append("another")  # so that the other one would be done first
+    request = finished(inline_key=inline_key)
+    assert choose_vae(request, found, unets(), NO_GROUPS) == choice
+
+
+def test_latents_that_nobody_can_open_go_to_somebody_who_will_say_so() -> None:
+    assert choose_vae(finished(), vaes(far="there"), unets(), NO_GROUPS) == "far"
