@@ -39,6 +39,15 @@ class Trajectories:
         """UNet forwards of each request."""
         return self.text.shape[0]
 
+    def first(self, count: int) -> Trajectories:
+        """Those of the first cases."""
+        return Trajectories(
+            cases=self.cases[:count],
+            uncond=self.uncond[:, :count],
+            text=self.text[:, :count],
+            latents=self.latents[:count],
+        )
+
     @property
     def directions(self) -> Tensor:
         """The guidance of every step, (steps, cases, C, h, w)."""

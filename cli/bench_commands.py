@@ -19,6 +19,7 @@ BENCHMARKS: Final = {
     "loop": "What the services cost, against a bare loop in one process.",
     "chunking": "What a decode in chunks costs and saves.",
     "fidelity": "What skipped guidance does to the pictures.",
+    "skip_search": "Which parameters the levels of skipped guidance should have.",
     "contention": "A step and a decode side by side, against one after the other.",
     "plan": "How fast and how good the scheduler's plans are.",
     "simulator": "How well the simulator foretells the real stack.",

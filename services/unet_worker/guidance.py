@@ -158,4 +158,5 @@ def guidance_error(
         guidance_scale: s, (rows, 1, 1, 1).
     """
     wrong = (guidance_scale - 1.0) * (estimate - direction)
-    return wrong.flatten(1).norm(dim=1) / noise_pred.flatten(1).norm(dim=1)
+    change, size = ((one.flatten(1) ** 2).sum(dim=1).sqrt() for one in (wrong, noise_pred))
+    return change / size
