@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Name the attempt that may commit from now on.
 -- KEYS: request record   ARGV: attempt, now
 -- Returns 1, or 0 if the request is final or unknown.

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Commit an image: it loses unless its attempt is current and the request has no final state. Either
 -- way the producer's pool slot comes free.
 -- KEYS: request record, request stream, events, scheduler stream, producer's control stream,

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Make a request final without an image: failed or cancelled.
 -- KEYS: request record, request stream, events, scheduler stream
 -- ARGV: state, code, reason, now, record ttl (s), event, message to the scheduler ('' for none)
