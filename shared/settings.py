@@ -57,6 +57,7 @@ class GatewaySettings(ServiceSettings):
     """max_open_requests: images accepted and not final. request_timeout_s: of a waiting client.
 
     public_url: what links to pictures begin with; empty takes it from each request's Host.
+    max_guidance_skip: the most that any request may skip of its guidance, whatever it asks for.
     """
 
     host: str = "127.0.0.1"
@@ -69,6 +70,7 @@ class GatewaySettings(ServiceSettings):
     default_steps: int = Field(25, ge=1)
     default_guidance_scale: float = Field(5.0, ge=0)
     default_guidance_skip: Literal["off", "balanced", "fast"] = "balanced"
+    max_guidance_skip: Literal["off", "balanced", "fast"] = "fast"
     default_sampler: str = ""
     max_steps: int = Field(150, ge=1)
     max_side: int = Field(1_024, ge=8)

@@ -18,6 +18,7 @@ from shared.messages import ImageParameters, ModelInfo
 from shared.settings import GatewaySettings
 
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
+_SKIP_LEVELS = ("off", "balanced", "fast")  # the exact one first
 _WITHOUT_EFFECT = ("quality", "style", "complexity")
 
 
@@ -36,6 +37,7 @@ class Limits:
     default_sampler: str
     default_guidance_scale: float
     default_guidance_skip: str
+    max_guidance_skip: str
     wanted_steps: int
 
     def default_steps(self, sampler: str) -> int:
@@ -68,7 +70,10 @@ def limits_of(model: ModelInfo, settings: GatewaySettings) -> Limits:
         },
         default_sampler=wanted if wanted in model.samplers else model.default_sampler,
         default_guidance_scale=settings.default_guidance_scale,
-        default_guidance_skip=settings.default_guidance_skip,
+        default_guidance_skip=min(
+            settings.default_guidance_skip, settings.max_guidance_skip, key=_SKIP_LEVELS.index
+        ),
+        max_guidance_skip=settings.max_guidance_skip,
         wanted_steps=settings.default_steps,
     )
 
@@ -89,8 +94,6 @@ class ImageOrder:
 
 def order_images(body: GenerationBody, limits: Limits, *, random_seed: int) -> ImageOrder:
     """What a body asks of a model.
-
-    An explicit seed without `guidance_skip` means "off": whoever names a seed expects that picture.
 
     Raises:
         InvalidRequestError: Names the field, and what this model allows.
@@ -125,8 +128,7 @@ def order_images(body: GenerationBody, limits: Limits, *, random_seed: int) -> I
             if guidance_scale is None
             else float(guidance_scale),
             sampler=sampler,
-            guidance_skip=body.guidance_skip
-            or ("off" if body.seed is not None else limits.default_guidance_skip),
+            guidance_skip=_choose_skip(body, limits),
             output_format=output_format,
             output_compression=100 if body.output_compression is None else body.output_compression,
             model=limits.model.model_id,
@@ -143,7 +145,7 @@ def order_images(body: GenerationBody, limits: Limits, *, random_seed: int) -> I
         quality=body.quality
         if body.quality in {"low", "medium", "high", "xhigh", "max"}
         else "high",
-        warnings=_warn(body, output_format),
+        warnings=_warn(body, limits, output_format),
     )
 
 
@@ -182,13 +184,25 @@ def _choose_steps(steps: int | None, sampler: str, limits: Limits) -> int:
     return steps
 
 
-def _warn(body: GenerationBody, output_format: str) -> tuple[str, ...]:
+def _choose_skip(body: GenerationBody, limits: Limits) -> str:
+    """The level, no higher than the service's cap.
+
+    An explicit seed without `guidance_skip` means "off": whoever names a seed expects that picture.
+    """
+    default = "off" if body.seed is not None else limits.default_guidance_skip
+    asked = body.guidance_skip or default
+    return min(asked, limits.max_guidance_skip, key=_SKIP_LEVELS.index)
+
+
+def _warn(body: GenerationBody, limits: Limits, output_format: str) -> tuple[str, ...]:
     warnings = [f"'{name}' is not known here and was ignored." for name in unknown_fields(body)]
     warnings += [
         f"'{name}' has no effect here."
         for name in _WITHOUT_EFFECT
         if getattr(body, name) not in {None, "auto"}
     ]
+    if body.guidance_skip and body.guidance_skip != _choose_skip(body, limits):
+        warnings.append(f"'guidance_skip' is at most {limits.max_guidance_skip!r} here.")
     if body.output_compression is not None and output_format == "png":
         warnings.append("'output_compression' has no effect on png.")
     if body.partial_images and body.stream:

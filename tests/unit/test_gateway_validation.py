@@ -184,6 +184,20 @@ def test_naming_a_seed_turns_skipping_off_unless_it_is_asked_for() -> None:
     assert order(seed=3, guidance_skip="fast").images[0].guidance_skip == "fast"
 
 
+def test_the_service_s_cap_on_skipping_holds_for_every_request() -> None:
+    limits = limits_of(MODEL, GatewaySettings(max_guidance_skip="balanced"))
+    asked = [b"null", b'"off"', b'"balanced"', b'"fast"']
+    orders = [
+        order_images(
+            parse_body(b'{"prompt": "x", "guidance_skip": ' + one + b"}"), limits, random_seed=0
+        )
+        for one in asked
+    ]
+    levels = [one.images[0].guidance_skip for one in orders]
+    assert levels == ["balanced", "off", "balanced", "balanced"]
+    assert [len(one.warnings) for one in orders] == [0, 0, 0, 1]
+
+
 def test_unknown_fields_are_ignored_and_told() -> None:
     made = order(brand_new=True, **{"\ud800": 1})
     assert "'brand_new' is not known here and was ignored." in made.warnings
