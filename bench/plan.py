@@ -58,7 +58,7 @@ def plan(seed: int = 0, quick: bool = False) -> dict[str, Any]:
         "slots_per_s": sorted(rates)[len(rates) // 2],
     }
     write_report(
-        "plan",
+        "plan_quick" if quick else "plan",
         {
             **line,
             "seed": seed,

@@ -59,5 +59,6 @@ def random_problem(chance: random.Random, *, num_slots: int, num_decodes: int) -
         remaining=remaining,
         budget_ms=alone / chance.uniform(0.45, 1.05),
         tail_ms=chunk_ms * min(1.0, 1 - overlap),
+        tail_price=chance.choice([0.0, chance.uniform(0, 5) * chunk_ms]),
         must_grant=chance.random() < 0.1,  # noqa: PLR2004  one in ten
     )

@@ -10,7 +10,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-from services.scheduler.simulation_log import SimulationLog
+from services.scheduler.simulation.log import SimulationLog
 
 BIN_S = 5.0
 

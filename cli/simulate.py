@@ -9,7 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from services.scheduler.arrivals import (
+from services.scheduler.policies import POLICY_NAMES, PolicyOptions, make_policy
+from services.scheduler.profile import Profile
+from services.scheduler.profile_file import parse_profile
+from services.scheduler.simulation.arrivals import (
     PATTERNS,
     Arrival,
     Mix,
@@ -17,11 +20,8 @@ from services.scheduler.arrivals import (
     make_arrivals,
     parse_trace,
 )
-from services.scheduler.policies import POLICY_NAMES, PolicyOptions, make_policy
-from services.scheduler.profile import Profile
-from services.scheduler.profile_file import parse_profile
-from services.scheduler.simulation_log import SimulationLog
-from services.scheduler.simulator import Simulation, SimulationSettings
+from services.scheduler.simulation.log import SimulationLog
+from services.scheduler.simulation.simulator import Simulation, SimulationSettings
 from services.scheduler.threshold import ThresholdRule
 from shared.errors import ConfigurationError
 

@@ -13,14 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import singledispatchmethod
 
-from services.scheduler.commands import (
-    Command,
-    FailRequest,
-    ForgetWorker,
-    RestartRequest,
-)
+from services.scheduler.commands import Command, ForgetWorker
 from services.scheduler.corrections import note_chunks, note_slot
 from services.scheduler.dispatch import Dispatch
+from services.scheduler.endings import Endings
 from services.scheduler.events import Event, RequestRecovered, Tick
 from services.scheduler.outbox import Outbox
 from services.scheduler.policy import Policy
@@ -66,16 +62,17 @@ class Core:
         self._dispatch = Dispatch(
             self.requests, self.unets, self.vaes, policy=policy, outbox=self._outbox
         )
+        self._endings = Endings(
+            self.requests,
+            self.unets,
+            self.vaes,
+            outbox=self._outbox,
+            max_attempts=settings.max_attempts,
+        )
 
     def on_event(self, event: Event, now: float) -> list[Command]:
         """What is to be done about an event, in order."""
-        self._now = now
-        self._handle(event)
-        if self._is_recovering:
-            self._end_recovery_when_due(now)
-        if not self._is_recovering:
-            self._dispatch.run(now)
-        return self._outbox.take()
+        return self.on_events([event], now)
 
     def on_events(self, events: Sequence[Event], now: float) -> list[Command]:
         """The same for events that have come together: all facts first, then one plan."""
@@ -222,7 +219,7 @@ class Core:
                 continue
             is_held = report.next_step_index >= 0
             if not is_held and not report.has_run:
-                self._restart(request, "lost by worker")
+                self._endings.restart(request, "lost by worker")
                 continue
             # A row that ran and is not held any more was the request's last.
             request.done_step = report.next_step_index if is_held else request.num_forwards
@@ -280,7 +277,7 @@ class Core:
     def _on_handle_lost(self, event: messages.HandleLost) -> None:
         request = self._current(event.request_id, event.attempt, Stage.DECODING)
         if request and request.vae == event.incarnation:
-            self._restart(request, "latents lost")
+            self._endings.restart(request, "latents lost")
 
     @_handle.register
     def _on_failed(self, event: messages.RequestFailed) -> None:
@@ -302,70 +299,31 @@ class Core:
             elif request.done_step:
                 request.hand_back(request.done_step)
             else:
-                self._restart(request, "not held by any worker")
+                self._endings.restart(request, "not held by any worker")
 
     def _recovering(self, request_id: str, attempt: str) -> Request | None:
         return self._current(request_id, attempt, Stage.RECOVERING)
 
     def _lose_worker(self, incarnation: str, *, forgets: bool) -> None:
-        if self.unets.pop(incarnation, None):
-            for request in self._requests_on(incarnation):
-                self._restart(request, "unet worker lost")
-        vae = self.vaes.pop(incarnation, None)
-        for request_id in vae.decodes if vae else ():
-            request = self.requests[request_id]
-            request.move_to(Stage.LATENTS)
-            request.forget_decode()
-        if vae:
-            self._choose_profiles(vae.info.device_group)
+        if incarnation in self.unets:
+            self._endings.lose_unet(incarnation)
+        if incarnation in self.vaes:
+            device_group = self.vaes[incarnation].info.device_group
+            self._endings.lose_vae(incarnation)
+            self._choose_profiles(device_group)
         if forgets:
             self._outbox.add(ForgetWorker(incarnation=incarnation))
 
-    def _requests_on(self, unet: str) -> list[Request]:
-        at_unet = {Stage.ENCODING, Stage.DENOISING}
-        return [r for r in self.requests.values() if r.unet == unet and r.stage in at_unet]
-
-    def _restart(self, request: Request, reason: str) -> None:
-        """Give the request up where it is and let it wait for a new attempt, or fail it."""
-        self._leave_workers(request)
-        if request.num_attempts >= self._settings.max_attempts:
-            del self.requests[request.request_id]
-            failure = FailRequest(
-                request_id=request.request_id,
-                code="too_many_attempts",
-                reason=f"given up after {request.num_attempts} attempts; the last: {reason}",
-            )
-            self._outbox.add(failure)
-            return
-        self._outbox.add(RestartRequest(request_id=request.request_id, reason=reason))
-        request.start_over()
+    def _drop(self, request_id: str, *, committed_by: str = "") -> None:
+        """The request is final already."""
+        request = self.requests.get(request_id)
+        if request:
+            self._endings.drop(request, committed_by=committed_by)
 
     def _fail(self, request_id: str, attempt: str, code: str, reason: str) -> None:
-        if self._current(request_id, attempt):
-            self._drop(request_id)
-            self._outbox.add(FailRequest(request_id=request_id, code=code, reason=reason))
-
-    def _drop(self, request_id: str, *, committed_by: str = "") -> None:
-        """The request is final: free whatever workers still hold of it."""
-        request = self.requests.get(request_id)
-        if request is None:
-            return
-        self._leave_workers(request, committed_by=committed_by)
-        del self.requests[request_id]
-
-    def _leave_workers(self, request: Request, *, committed_by: str = "") -> None:
-        if request.unet in self.unets and request.stage in {Stage.ENCODING, Stage.DENOISING}:
-            self._outbox.release(request.unet, request.request_id, request.attempt)
-        vae = self.vaes.get(request.vae)
-        if vae and request.request_id in vae.decodes:
-            vae.decodes.remove(request.request_id)
-            if committed_by != request.vae:
-                cancel = messages.CancelDecode(
-                    epoch=self.epoch, request_id=request.request_id, attempt=request.attempt
-                )
-                self._outbox.send(request.vae, "control", cancel)
-        if request.latents and not committed_by:
-            self._outbox.release_latents(request.latents)
+        request = self._current(request_id, attempt)
+        if request:
+            self._endings.fail(request, code=code, reason=reason)
 
     # --- small things ---------------------------------------------------------------------------
 

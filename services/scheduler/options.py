@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
+from math import inf
 from statistics import fmean
 
 from services.scheduler.drift import ALONE, BESIDE, CHUNKS, Drift
@@ -66,9 +67,17 @@ class Times:
 
 
 def gap_options(
-    decodes: Sequence[Decode], chunk_ms: float, rule: WindowRule, *, is_forced: bool
+    decodes: Sequence[Decode],
+    chunk_ms: float,
+    rule: WindowRule,
+    *,
+    num_delayed: float,
+    is_forced: bool,
 ) -> tuple[Option, ...]:
-    """Nothing in no time, or some chunks alone; whole decodes only, where they can't be cut."""
+    """Nothing in no time, or some chunks alone; whole decodes only, where they can't be cut.
+
+    num_delayed: whom the UNet keeps waiting meanwhile.
+    """
     nothing = Option(chunks=0, skips=0, ms=0.0)
     if not decodes:
         return (nothing,)
@@ -76,13 +85,11 @@ def gap_options(
     counts = {whole[0], *GAP_COUNTS} if rule.chunking else set(whole)
     if is_forced:
         counts = {whole[0]}
-    return (
-        nothing,
-        *(
-            Option(chunks=count, skips=0, ms=count * chunk_ms + rule.gap_overhead_ms)
-            for count in sorted(counts)
-        ),
-    )
+    options = [nothing]
+    for count in sorted(counts):
+        ms = count * chunk_ms + rule.gap_overhead_ms
+        options.append(Option(chunks=count, skips=0, ms=ms, price=num_delayed * ms))
+    return tuple(options)
 
 
 def slot_options(
@@ -93,11 +100,13 @@ def slot_options(
     *,
     chunk_ms: float,
     num_waiting: float,
+    num_delayed: float,
     rule: WindowRule,
 ) -> tuple[tuple[Option, ...], Kinds]:
     """Every (chunks beside, skips) worth offering; and the kind for each number of chunks.
 
-    num_waiting: whom a shorter slot serves.
+    num_waiting: whom the time serves that skips save. num_delayed: whom the time costs that chunks
+    add to the slot.
     """
     size, rows, durations = batch.key.size, batch.rows, times.durations
     alone, beside = times.drift.factor(ALONE), times.drift.factor(BESIDE)
@@ -107,37 +116,54 @@ def slot_options(
         counts = durations.chunk_counts(size) if rule.chunking else (decodes[0].remaining,)
     skips_on_offer = _skips_on_offer(times, batch, candidates, num_waiting)
     kinds = {0: durations.alone(size, rows)[0]}
+    alone_ms = {skips: durations.alone(size, rows - skips)[1] * alone for skips in skips_on_offer}
     options = _unbeaten(
-        Option(
-            chunks=0, skips=skips, ms=durations.alone(size, rows - skips)[1] * alone, price=price
-        )
-        for skips, price in skips_on_offer
+        Option(chunks=0, skips=skips, ms=alone_ms[skips], price=price)
+        for skips, price in skips_on_offer.items()
     )
     for count in counts:
         kinds[count] = durations.beside(size, rows, count, weight)[0]
+        beside_ms = {
+            skips: durations.beside(size, rows - skips, count, weight)[1] * beside
+            for skips in skips_on_offer
+        }
         options += _unbeaten(
             Option(
                 chunks=count,
                 skips=skips,
-                ms=durations.beside(size, rows - skips, count, weight)[1] * beside,
-                price=price,
+                ms=beside_ms[skips],
+                price=price + num_delayed * (beside_ms[skips] - alone_ms[skips]),
             )
-            for skips, price in skips_on_offer
+            for skips, price in skips_on_offer.items()
         )
     return tuple(options), kinds
 
 
+def chunk_price(stages: Iterable[Sequence[Option]], num_delayed: float) -> float:
+    """What a chunk costs at least, in ms times requests that wait for the UNet, wherever it goes.
+
+    It is asked for those that a plan leaves undone, too: leaving them to others saves nothing.
+    """
+    least = inf
+    for stage in stages:
+        alone_ms = {option.skips: option.ms for option in stage if not option.chunks}
+        for option in stage:
+            if option.chunks and option.skips in alone_ms:
+                least = min(least, (option.ms - alone_ms[option.skips]) / option.chunks)
+    return max(least, 0.0) * num_delayed if least < inf else 0.0
+
+
 def _skips_on_offer(
     times: Times, batch: Batch, candidates: Sequence[Skippable], num_waiting: float
-) -> list[tuple[int, float]]:
+) -> dict[int, float]:
     """No skips, half of them, all; with the price, less what the saved time is worth."""
     size, rows = batch.key.size, batch.rows
     prices = tuple(accumulate((one.price for one in candidates), initial=0.0))
-    offers = []
+    offers = {}
     for skips in sorted({0, (len(candidates) + 1) // 2, len(candidates)}):
         saved_ms = times.alone_ms(size, rows) - times.alone_ms(size, rows - skips)
         mean_price = prices[skips] / skips if skips else 0.0
-        offers.append((skips, saved_ms * (mean_price - num_waiting)))
+        offers[skips] = saved_ms * (mean_price - num_waiting)
     return offers
 
 

@@ -6,7 +6,8 @@ the gap ahead of a slot is a stage whose options decode so many chunks alone, or
 Chunks are served in the order of the decodes, so a plan is a sequence of options and nothing else:
 
     minimise   sum over stages of  ms * (decodes unfinished at its start) + price,
-               + for what is unfinished at the end, the time its last chunk still takes at best
+               + for what is unfinished at the end, the time its last chunk still takes at best,
+                 and the least price of its chunks
     subject to sum over stages of ms <= budget_ms, and no more chunks than there are.
 
 That is a resource-constrained shortest path. Each stage's time above its shortest option, its
@@ -55,14 +56,15 @@ class Problem:
 
     stages: each with at least one option that takes no chunk. remaining: chunks left of each
     pending decode, in the order of service, all positive. budget_ms: for all stages together.
-    tail_ms: at best for one chunk after the last stage. must_grant: an overdue decode: the first
-    stage that offers chunks takes some.
+    tail_ms: at best for one chunk after the last stage. tail_price: of each chunk left then.
+    must_grant: an overdue decode: the first stage that offers chunks takes some.
     """
 
     stages: tuple[tuple[Option, ...], ...]
     remaining: tuple[int, ...]
     budget_ms: float
     tail_ms: float
+    tail_price: float = 0.0
     must_grant: bool = False
 
 
@@ -146,6 +148,7 @@ def _allowed_stages(problem: Problem, total: int) -> list[tuple[Option, ...]]:
 def _ahead(problem: Problem, reach: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """By chunks done, up to `reach`: decodes unfinished, and the cost of what is left."""
     ends = list(accumulate(problem.remaining))
+    total = ends[-1] if ends else 0
     behind = list(accumulate(reversed(ends), initial=0))
     unfinished, tail = [], []
     left = len(ends)
@@ -153,7 +156,8 @@ def _ahead(problem: Problem, reach: int) -> tuple[tuple[int, ...], tuple[float, 
         while left and ends[-left] <= done:
             left -= 1
         unfinished.append(left)
-        tail.append(problem.tail_ms * (behind[left] - left * done))
+        waits = problem.tail_ms * (behind[left] - left * done)
+        tail.append(waits + problem.tail_price * (total - done))
     return tuple(unfinished), tuple(tail)
 
 

@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from services.scheduler.options import Kinds, Times, WindowRule, gap_options, slot_options
+from services.scheduler.options import (
+    Kinds,
+    Times,
+    WindowRule,
+    chunk_price,
+    gap_options,
+    slot_options,
+)
 from services.scheduler.packing import Batch
 from services.scheduler.planner import Option, Problem
 from services.scheduler.policy import Decode, GroupView
@@ -52,8 +59,12 @@ def make_window(view: GroupView, batches: Sequence[Batch], rule: WindowRule) -> 
     past = list(islice(reversed(unet.ledger), rule.num_slots))
     # One gap between two slots is enough, or overdue decodes would shut the UNet out.
     is_forced = is_overdue and not (past and not past[0].alone_ms)
-    gap = gap_options(decodes, chunk_ms, rule, is_forced=is_forced)
-    slots = _slots(view, batches, decodes, times, chunk_ms=chunk_ms, rule=rule)
+    num_running = sum(one.has_forwards_left for one in view.requests)
+    num_delayed = view.num_waiting + num_running
+    gap = gap_options(decodes, chunk_ms, rule, num_delayed=num_delayed, is_forced=is_forced)
+    slots = _slots(
+        view, batches, decodes, times, chunk_ms=chunk_ms, num_running=num_running, rule=rule
+    )
     alone = [times.alone_ms(batch.key.size, batch.rows) for batch in batches]
     past_ms, past_alone_ms = sum(one.ms for one in past), sum(one.alone_ms for one in past)
     problem = Problem(
@@ -61,6 +72,7 @@ def make_window(view: GroupView, batches: Sequence[Batch], rule: WindowRule) -> 
         remaining=tuple(one.remaining for one in decodes),
         budget_ms=(sum(alone) + past_alone_ms) / unet.threshold.value - past_ms,
         tail_ms=chunk_ms,
+        tail_price=chunk_price((gap, slots[0].options), num_delayed),
         must_grant=is_forced,
     )
     return Window(
@@ -92,6 +104,7 @@ def _slots(
     times: Times,
     *,
     chunk_ms: float,
+    num_running: int,
     rule: WindowRule,
 ) -> list[_Slot]:
     """The window's slots. Those alike share their options, which the planner makes use of."""
@@ -99,7 +112,6 @@ def _slots(
     if rule.skip:
         members = {one.request_id: one for batch in batches for one in batch.requests}
         skippable = find_skippable(members.values(), view.unet.profile, base_price=rule.skip_price)
-    num_running = sum(one.has_forwards_left for one in view.requests)
     built: dict[tuple[BatchKey, int, int, float], tuple[tuple[Option, ...], Kinds]] = {}
     slots = []
     for i, batch in enumerate(batches):
@@ -114,6 +126,7 @@ def _slots(
                 decodes,
                 chunk_ms=chunk_ms,
                 num_waiting=num_waiting,
+                num_delayed=view.num_waiting + num_running,
                 rule=rule,
             )
         options, kinds = built[alike]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from scheduler_world import World, make_request
 
-from services.scheduler.arrivals import Mix, format_trace, make_arrivals, parse_trace
 from services.scheduler.policies import POLICY_NAMES, PolicyOptions, make_policy
 from services.scheduler.profile import profile_in_short
-from services.scheduler.simulator import Simulation, SimulationSettings
+from services.scheduler.simulation.arrivals import Mix, format_trace, make_arrivals, parse_trace
+from services.scheduler.simulation.simulator import Simulation, SimulationSettings
 from services.scheduler.threshold import Stretches, Threshold, ThresholdRule
 from shared import messages
 

@@ -1,4 +1,4 @@
-"""How long things take on a simulated device, from its profile; and how its worker would skip.
+"""How long things take on a simulated device, from its profile.
 
 While a slot and a chunk are in flight together each goes at the rate that the profile's beside
 kinds give; alone, at its own. Where a profile knows nothing of a combination the two are taken to
@@ -8,9 +8,8 @@ share the device evenly.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import floor
 
-from services.scheduler.profile import Profile, SlotKind, interpolate
+from services.scheduler.profile import DecodeTiming, Profile, SlotKind, interpolate
 
 EVEN_SHARE = 2.0
 """How much slower each of two goes that share a device of which nothing else is known."""
@@ -52,7 +51,10 @@ def chunk_rates(
     if timing is None:
         return Rates(alone_ms=1.0, beside_ms=EVEN_SHARE)
     at_best_ms = chunk_ms = timing.chunk_ms[min(index, len(timing.chunk_ms) - 1)]
-    if vae_threads and timing.threads > vae_threads:
+    measured = _decode_by_threads(profile, size, vae_threads)
+    if measured:
+        chunk_ms = measured.chunk_ms[min(index, len(measured.chunk_ms) - 1)]
+    elif vae_threads and timing.threads > vae_threads:
         chunk_ms *= (timing.threads / vae_threads) ** THREAD_EXPONENT
     kind = _beside_kind(profile, unet_threads, vae_threads)
     if kind is None:
@@ -61,6 +63,12 @@ def chunk_rates(
     own = sum(timing.chunk_ms) / len(timing.chunk_ms)
     stretch = chunks_ms / kind.chunks / own
     return Rates(alone_ms=chunk_ms, beside_ms=max(at_best_ms * stretch, chunk_ms))
+
+
+def _decode_by_threads(profile: Profile, size: str, threads: int) -> DecodeTiming | None:
+    """As measured alone with so many threads, if it was."""
+    found = (one for one in profile.decodes if (one.key, one.threads) == (size, threads))
+    return next(found, None)
 
 
 def _alone_ms(profile: Profile, size: str, rows: int, threads: int) -> float:
@@ -84,32 +92,3 @@ def _beside_kind(profile: Profile, unet_threads: int, vae_threads: int) -> SlotK
         and (timing.kind.unet_threads, timing.kind.vae_threads) == (unet_threads, vae_threads)
     ]
     return max(kinds, key=lambda kind: kind.chunks, default=None)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SkipPattern:
-    """When a simulated worker lets a step be skipped: by gaps that grow along the trajectory.
-
-    The real worker also measures its error and refreshes difficult pictures more often; that is
-    not simulated. Lengths are fractions of the trajectory.
-    """
-
-    warm_up: float
-    first_gap: float
-    gap_growth: float
-    max_gap: float
-
-    def steps_allowed(self, last_full: int, num_steps: int) -> int:
-        """How many steps in a row may be skipped behind a full one."""
-        if last_full < 1 or last_full + 1 < self.warm_up * num_steps:
-            return 0
-        gap = min(
-            self.first_gap * num_steps + self.gap_growth * last_full, self.max_gap * num_steps
-        )
-        return max(floor(gap + 1e-9) - 1, 0)
-
-
-SKIP_PATTERNS = {
-    "balanced": SkipPattern(warm_up=0.12, first_gap=0.052, gap_growth=0.25, max_gap=0.16),
-    "fast": SkipPattern(warm_up=0.08, first_gap=0.06, gap_growth=0.35, max_gap=0.24),
-}

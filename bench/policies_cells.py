@@ -1,0 +1,132 @@
+"""The list of what `bench policies` measures; later cells depend on what earlier ones found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Literal
+
+from bench.contenders import ALL, EQUAL_SKIP, NAIVE, SYNERDIFF, TUNED, WITHOUT, Contender
+from services.scheduler.simulation.arrivals import Mix
+
+Samples = Mapping[str, Mapping[str, Any]]
+Kind = Literal["throughput", "unloaded", "capacity", "latency"]
+_TO_CAPACITY: tuple[Kind, ...] = ("unloaded", "capacity")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How much is measured.
+
+    num_requests: of a trace. num_in_backlog: that stand at once for the throughput. num_unloaded:
+    served one after the other. has_loads: capacities and latencies at loads are measured; without,
+    latencies are those of the backlog.
+    """
+
+    seeds: tuple[int, ...]
+    contenders: tuple[Contender, ...] = ALL
+    num_requests: int
+    num_in_backlog: int
+    num_unloaded: int = 20
+    has_loads: bool = True
+    mix: Mix = field(default_factory=Mix)
+
+    @classmethod
+    def full(cls, seed: int, *, num_seeds: int, num_requests: int) -> Plan:
+        """Every contender, several seeds."""
+        seeds = tuple(range(seed, seed + num_seeds))
+        return cls(seeds=seeds, num_requests=num_requests, num_in_backlog=72)
+
+    @classmethod
+    def quick(cls, seed: int) -> Plan:
+        """The usual design as people run it, tuned, and skipping, against synerdiff."""
+        return cls(
+            seeds=(seed,),
+            contenders=(NAIVE, TUNED[-1], EQUAL_SKIP[-1], SYNERDIFF),
+            num_requests=0,
+            num_in_backlog=12,
+            has_loads=False,
+            mix=Mix(num_steps=(4, 6, 8, 12)),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One measurement. against: the baseline that sets the load, for latencies."""
+
+    kind: Kind
+    seed: int
+    contender: str
+    against: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its key among the samples."""
+        at = f" at the load of {self.against}" if self.against else ""
+        return f"{self.kind}/{self.seed}/{self.contender}{at}"
+
+    def load(self, samples: Samples) -> float:
+        """Requests a second, of a latency cell: 0.9 of the baseline's capacity; all of naive's."""
+        share = 1.0 if self.against == NAIVE.name else 0.9
+        first = min(int(name.split("/")[1]) for name in samples if name.startswith("capacity/"))
+        return share * float(samples[f"capacity/{first}/{self.against}"]["capacity_per_s"])
+
+
+def best_of(contenders: Sequence[Contender], plan: Plan, samples: Samples) -> Contender:
+    """The one with the highest throughput, of those that take part."""
+    taking_part = [one for one in contenders if one in plan.contenders]
+    return max(taking_part, key=lambda one: throughput(one, plan, samples))
+
+
+def throughput(contender: Contender, plan: Plan, samples: Samples) -> float:
+    """The median over the seeds that were measured, in pictures a second."""
+    found = [
+        samples[name]["throughput_per_s"]
+        for seed in plan.seeds
+        if (name := f"throughput/{seed}/{contender.name}") in samples
+    ]
+    return float(median(found)) if found else 0.0
+
+
+def next_cells(plan: Plan, samples: Samples, *, only_missing: bool) -> list[Cell]:
+    """The cells known so far, in the order of measuring."""
+    cells = [
+        Cell(kind="throughput", seed=seed, contender=one.name)
+        for seed in plan.seeds
+        for one in plan.contenders
+    ]
+    if plan.has_loads and all(cell.name in samples for cell in cells):
+        cells += _cells_at_loads(plan, samples)
+    return [cell for cell in cells if not only_missing or cell.name not in samples]
+
+
+def _cells_at_loads(plan: Plan, samples: Samples) -> list[Cell]:
+    best = best_of(TUNED, plan, samples)
+    baselines = (NAIVE, best, best_of(EQUAL_SKIP, plan, samples))
+    compared = (*baselines, SYNERDIFF)
+    capacities = _capacities(compared, plan)
+    if any(cell.name not in samples for cell in capacities):
+        return capacities
+    latencies = [
+        Cell(kind="latency", seed=seed, contender=one.name, against=baseline.name)
+        for seed in plan.seeds
+        for baseline in baselines
+        for one in (baseline, SYNERDIFF)
+    ]
+    without_parts = [
+        Cell(kind="latency", seed=seed, contender=one.name, against=best.name)
+        for seed in plan.seeds
+        for one in WITHOUT
+    ]
+    others = [one for one in plan.contenders if one not in compared]
+    return capacities + latencies + without_parts + _capacities(others, plan)
+
+
+def _capacities(contenders: Sequence[Contender], plan: Plan) -> list[Cell]:
+    """Of the first seed: what a capacity is measured by, and the capacity."""
+    return [
+        Cell(kind=kind, seed=plan.seeds[0], contender=one.name)
+        for one in contenders
+        for kind in _TO_CAPACITY
+    ]

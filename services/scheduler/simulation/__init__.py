@@ -1,0 +1,1 @@
+"""The scheduler's own core against a profile instead of workers, event by event."""

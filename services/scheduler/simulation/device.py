@@ -1,0 +1,84 @@
+"""A simulated device: a forward and chunks in flight, each slowing the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from services.scheduler.simulation.clock import Clock
+from services.scheduler.simulation.rates import Rates
+
+FORWARD = "forward"
+"""The owner of whatever the UNet worker has in flight."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Job:
+    """left: of the work, from 1 to 0. version: of the end that is scheduled."""
+
+    rates: Rates
+    on_done: Callable[[float], None]
+    left: float = 1.0
+    elapsed_ms: float = 0.0
+    version: int = 0
+
+
+class Device:
+    """What runs on one device, and what its workers know of each other.
+
+    running_seq: of the slot that runs, or the next number after the last one's end; as in the
+    header of the UNet worker's pool. unet_threads, vae_threads: as last set by either side.
+
+    Args:
+        clock: The simulation's.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.running_seq = -1
+        self.unet_threads = 0
+        self.vae_threads = 0
+        self._clock = clock
+        self._jobs: dict[str, _Job] = {}
+        self._updated_at = clock.now
+
+    def is_busy(self, owner: str) -> bool:
+        """Whether a worker has something in flight."""
+        return owner in self._jobs
+
+    def begin(self, owner: str, rates: Rates, on_done: Callable[[float], None]) -> None:
+        """Something more is in flight. on_done: is told how many milliseconds it took."""
+        self._advance()
+        self._jobs[owner] = _Job(rates=rates, on_done=on_done)
+        self._schedule()
+
+    def _duration_ms(self, owner: str) -> float:
+        """Of the whole job, as long as nothing begins or ends."""
+        others = [name for name in self._jobs if (name == FORWARD) != (owner == FORWARD)]
+        rates = self._jobs[owner].rates
+        return rates.beside_ms if others else rates.alone_ms
+
+    def _advance(self) -> None:
+        """Bring what is in flight up to now, at the rates so far."""
+        elapsed_ms = (self._clock.now - self._updated_at) * 1000
+        self._updated_at = self._clock.now
+        for owner, job in self._jobs.items():
+            job.left -= elapsed_ms / self._duration_ms(owner)
+            job.elapsed_ms += elapsed_ms
+
+    def _schedule(self) -> None:
+        """Say anew when what is in flight is over."""
+        for owner, job in self._jobs.items():
+            job.version += 1
+            left_ms = max(job.left, 0.0) * self._duration_ms(owner)
+            self._clock.after(
+                left_ms,
+                lambda o=owner, j=job, v=job.version: self._finish(o, j, v),  # type: ignore[misc]
+            )
+
+    def _finish(self, owner: str, job: _Job, version: int) -> None:
+        if job.version != version or self._jobs.get(owner) is not job:
+            return
+        self._advance()
+        del self._jobs[owner]
+        self._schedule()
+        job.on_done(job.elapsed_ms)

@@ -1,0 +1,66 @@
+"""What simulated workers share: the clock, the profile, chance, and the way to the scheduler."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from services.scheduler.events import Event
+from services.scheduler.profile import Profile, make_key
+from services.scheduler.simulation.arrivals import Arrival
+from services.scheduler.simulation.clock import Clock
+from services.scheduler.simulation.log import SimulationLog
+from services.scheduler.simulation.rates import Rates
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationSettings:
+    """The world around the core.
+
+    vaes_elsewhere: VAE workers that have a device of their own, as fast as the others' alone.
+    message_ms: one way between scheduler and worker. commit_ms: from the last chunk to the final
+    state. jitter: standard deviation of a duration's factor. max_s: simulated time to give up at.
+    """
+
+    num_groups: int = 1
+    vaes_per_group: int = 1
+    vaes_elsewhere: int = 0
+    message_ms: float = 1.0
+    commit_ms: float = 4.0
+    jitter: float = 0.03
+    max_s: float = 36_000.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """See the module. arrivals: by request id. feed: give the scheduler an event now."""
+
+    profile: Profile
+    settings: SimulationSettings
+    arrivals: Mapping[str, Arrival]
+    log: SimulationLog
+    feed: Callable[[Event], None]
+    clock: Clock = field(default_factory=Clock)
+    chance: random.Random = field(default_factory=random.Random)
+
+    def tell(self, event: Event) -> None:
+        """Send the scheduler an event; it arrives a little later."""
+        self.clock.after(self.settings.message_ms, lambda: self.feed(event))
+
+    def vary(self, rates: Rates) -> Rates:
+        """The durations as they happen to be this time."""
+        factor = max(1 + self.chance.gauss(0, self.settings.jitter), 0.2)
+        return Rates(alone_ms=rates.alone_ms * factor, beside_ms=rates.beside_ms * factor)
+
+    def size(self, arrival: Arrival) -> tuple[int, int]:
+        """Its picture's height and width; the profile's own where it names none."""
+        if arrival.height and arrival.width:
+            return arrival.height, arrival.width
+        height, _, width = self.profile.slots[0].key.partition("x")
+        return int(height), int(width)
+
+    def key(self, request_id: str) -> str:
+        """The profile's name of a request's size."""
+        return make_key(*self.size(self.arrivals[request_id]))
