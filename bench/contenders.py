@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from services.scheduler.policies import BASELINES, PARTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
     """One way to serve.
 
-    policy: as in the settings. switches: further SYNERDIFF_* variables of its scheduler.
-    has_default_threads: its workers run with OpenMP's own settings, as most people's do.
+    policy: as in the settings. has_default_threads: its workers run with OpenMP's own settings, as
+    most people's do.
     """
 
     name: str
     policy: str
-    switches: Mapping[str, str] = field(default_factory=dict)
     has_default_threads: bool = False
 
 
@@ -25,28 +25,15 @@ NAIVE = Contender(
     policy="continuous-parallel-naive",
     has_default_threads=True,
 )
-TUNED = tuple(
-    Contender(name=name, policy=name)
-    for name in ("static", "dynamic", "continuous-serial", "continuous-parallel")
-)
+TUNED = tuple(Contender(name=name, policy=name) for name in BASELINES)
 """Baselines at their best: batch cap and threads from the profile."""
 
 EQUAL_SKIP = tuple(
-    Contender(
-        name=f"{one.name}, skipping",
-        policy=one.policy,
-        switches={"SYNERDIFF_POLICY_SKIP": "true"},
-    )
-    for one in TUNED
+    Contender(name=name, policy=name) for name in (f"{one}-with-skip" for one in BASELINES)
 )
 SYNERDIFF = Contender(name="synerdiff", policy="synerdiff")
 WITHOUT = tuple(
-    Contender(
-        name=f"synerdiff without {part}",
-        policy="synerdiff",
-        switches={f"SYNERDIFF_POLICY_{part.upper()}": "false"},
-    )
-    for part in ("chunking", "skip", "planning", "feedback")
+    Contender(name=name, policy=name) for name in (f"synerdiff-without-{part}" for part in PARTS)
 )
 ALL = (NAIVE, *TUNED, *EQUAL_SKIP, SYNERDIFF, *WITHOUT)
 BY_NAME = {one.name: one for one in ALL}

@@ -95,7 +95,7 @@ def _stacks(profile: Path) -> Iterator[Callable[[Cell], RealStack]]:
                 running[is_default] = all_of_them.enter_context(
                     real_stack(profile=profile, worker_environment=environment)
                 )
-            running[is_default].serve_by(contender.policy, contender.switches)
+            running[is_default].serve_by(contender.policy)
             return running[is_default]
 
         yield stack_of

@@ -82,16 +82,14 @@ class RealStack:
                 environment |= worker_environment
             self._launch(service, environment)
 
-    def serve_by(self, policy: str, switches: Mapping[str, str]) -> None:
+    def serve_by(self, policy: str) -> None:
         """End the scheduler and start one with that policy; return once pictures can be made.
-
-        switches: further SYNERDIFF_* variables of the scheduler.
 
         Raises:
             GatewayError: It did not come up.
         """
         self._end("scheduler")
-        environment = {**self._scheduler.environment, **switches, "SYNERDIFF_POLICY": policy}
+        environment = {**self._scheduler.environment, "SYNERDIFF_POLICY": policy}
         self._launch(self._scheduler, environment)
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._is_serving():

@@ -45,7 +45,7 @@ def run(
         capacity = min(_capacity(known, policy, mix, seed) for policy in POLICIES)
         cells = []
         with real_stack(profile=path) as stack:
-            stack.serve_by(POLICIES[0], {})
+            stack.serve_by(POLICIES[0])
             stack.play(make_arrivals("backlog", rate=4, duration_s=1, mix=mix, seed=seed))
             for load in loads:
                 rate = load * capacity
@@ -75,7 +75,7 @@ def _simulate(profile: Profile, policy: str, arrivals: Sequence[Arrival]) -> Map
 def _compare(
     stack: RealStack, profile: Profile, policy: str, load: float, trace: Sequence[Arrival]
 ) -> dict[str, Any]:
-    stack.serve_by(policy, {})
+    stack.serve_by(policy)
     served = stack.play(trace)
     real = {
         "throughput_per_s": throughput_per_s(served),

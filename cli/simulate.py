@@ -61,9 +61,12 @@ def simulate(
     save_trace: Annotated[Path | None, typer.Option(help="Write the arrivals there.")] = None,
     groups: Annotated[int, typer.Option(help="Device groups.", min=1)] = 1,
     vaes: Annotated[int, typer.Option(help="VAE workers on each device.", min=1)] = 1,
-    skip: Annotated[
-        bool, typer.Option(help="Let every policy skip guidance, not synerdiff alone.")
-    ] = False,
+    vaes_elsewhere: Annotated[
+        int, typer.Option(help="VAE workers with a device of their own.", min=0)
+    ] = 0,
+    size: Annotated[
+        list[str] | None, typer.Option(help="WxH of pictures, with equal chances; may be repeated.")
+    ] = None,
     experiment: Annotated[
         str, typer.Option(help="'threshold' compares the threshold's rules under three loads.")
     ] = "",
@@ -74,7 +77,10 @@ def simulate(
 ) -> dict[str, Any]:
     """Serve arrivals with the real scheduler on simulated devices; the figures as JSON."""
     known = parse_profile(_read(profile), name=str(profile))
-    settings = SimulationSettings(num_groups=groups, vaes_per_group=vaes, seed=seed)
+    settings = SimulationSettings(
+        num_groups=groups, vaes_per_group=vaes, vaes_elsewhere=vaes_elsewhere, seed=seed
+    )
+    mix = Mix(sizes=tuple(_parse_size(one) for one in size)) if size else Mix()
     if experiment == "threshold":
         return _compare_thresholds(known, settings, rate, duration, output)
     if experiment:
@@ -82,7 +88,7 @@ def simulate(
     arrivals = (
         parse_trace(_read(trace), name=str(trace))
         if trace
-        else make_arrivals(pattern, rate=rate, duration_s=duration, mix=Mix(), seed=seed)
+        else make_arrivals(pattern, rate=rate, duration_s=duration, mix=mix, seed=seed)
     )
     if save_trace:
         save_trace.write_text(format_trace(arrivals))
@@ -90,8 +96,7 @@ def simulate(
     for name in policy or ["synerdiff"]:
         if name not in POLICY_NAMES:
             raise ConfigurationError(f"--policy {name} should be one of {', '.join(POLICY_NAMES)}")
-        options = PolicyOptions(skip=True if skip else None)
-        runs.append(_run(name, name, options, known, arrivals, settings))
+        runs.append(_run(name, name, PolicyOptions(), known, arrivals, settings))
     report: dict[str, Any] = {
         "profile": {"model_id": known.model_id, "source": known.source},
         "is_simulated": True,
@@ -141,6 +146,14 @@ def _compare_thresholds(
     if output:
         output.write_text(json.dumps(report, indent=2) + "\n")
     return report
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    """(height, width) of "WxH"."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise ConfigurationError(f"--size is {text!r}; it should be WxH in pixels, as in 512x768")
+    return int(height), int(width)
 
 
 def _read(path: Path) -> str:

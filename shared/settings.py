@@ -21,8 +21,16 @@ PolicyName = Literal[
     "dynamic",
     "continuous-serial",
     "continuous-parallel",
+    "static-with-skip",
+    "dynamic-with-skip",
+    "continuous-serial-with-skip",
+    "continuous-parallel-with-skip",
     "continuous-parallel-naive",
     "synerdiff",
+    "synerdiff-without-chunking",
+    "synerdiff-without-skip",
+    "synerdiff-without-planning",
+    "synerdiff-without-feedback",
 ]
 
 
@@ -79,18 +87,13 @@ class GatewaySettings(ServiceSettings):
 class SchedulerSettings(ServiceSettings):
     """max_rows: cap on a slot, 0 leaves it to the profile. max_attempts: before giving up.
 
-    profiles: a profile's file, or a folder of them; none are needed. policy_*: parts of the policy
-    that can be switched off, one by one (chunking, planning and feedback are synerdiff's;
-    policy_skip is every policy's, unset it is on for synerdiff alone). threshold_*: where the
-    threshold begins and how low it may go. max_decode_wait_s: a decode that has waited so long is
-    granted whatever the threshold says.
+    policy: guidance is skipped by synerdiff, and by the others `with-skip`. profiles: a profile's
+    file, or a folder of them; none are needed. threshold_*: where the threshold begins and how low
+    it may go. max_decode_wait_s: a decode that has waited so long is granted whatever the threshold
+    says.
     """
 
     policy: PolicyName = "continuous-parallel"
-    policy_chunking: bool = True
-    policy_skip: bool | None = None
-    policy_planning: bool = True
-    policy_feedback: bool = True
     threshold_first: float = Field(0.8, gt=0, le=1)
     threshold_min: float = Field(0.2, gt=0, le=1)
     max_decode_wait_s: float = Field(3.0, gt=0)

@@ -13,7 +13,7 @@ from shared.settings import SchedulerSettings
 
 
 def policy_options(settings: SchedulerSettings) -> PolicyOptions:
-    """What the settings switch.
+    """What the settings tune.
 
     Raises:
         ConfigurationError: The threshold begins below its least value.
@@ -25,10 +25,6 @@ def policy_options(settings: SchedulerSettings) -> PolicyOptions:
         )
     return PolicyOptions(
         max_rows=settings.max_rows,
-        chunking=settings.policy_chunking,
-        skip=settings.policy_skip,
-        planning=settings.policy_planning,
-        feedback=settings.policy_feedback,
         rule=ThresholdRule(min_value=settings.threshold_min, first_value=settings.threshold_first),
         max_decode_wait_s=settings.max_decode_wait_s,
     )

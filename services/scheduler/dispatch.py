@@ -150,7 +150,8 @@ class Dispatch:
         request.forget_decode()
         request.vae = vae.info.incarnation
         vae.decodes.append(request.request_id)
-        if now > request.deadline_at and LATE_WARNING not in request.warnings:
+        done_at = now + vae.info.decode_ms / 1000
+        if done_at > request.deadline_at and LATE_WARNING not in request.warnings:
             request.warnings = (*request.warnings, LATE_WARNING)
         decode = messages.DecodeLatents(
             epoch=self._outbox.epoch,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -13,11 +15,7 @@ from hypothesis.stateful import (
 )
 from scheduler_world import World, make_request
 
-from services.scheduler.policies import (
-    MAX_SLOTS_IN_FLIGHT,
-    POLICY_NAMES,
-    PolicyOptions,
-)
+from services.scheduler.policies import MAX_SLOTS_IN_FLIGHT, POLICY_NAMES
 from services.scheduler.profile import DecodeTiming, Profile, SlotKind, SlotTiming
 from services.scheduler.skipping import skip_credits
 from services.scheduler.state import Stage
@@ -45,7 +43,6 @@ PROFILE = Profile(
     ),
     decodes=(DecodeTiming(key="64x64", threads=2, chunk_ms=(5.0,) * 4),),
 )
-SWITCHES = ("none", "chunking", "skip", "planning", "feedback")
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -53,22 +50,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @initialize(
         policy=st.sampled_from([*POLICY_NAMES, "synerdiff", "synerdiff"]),
-        off=st.sampled_from(SWITCHES),
         is_profiled=st.booleans(),
     )
-    def begin(self, policy: str, off: str, is_profiled: bool) -> None:
-        options = PolicyOptions(
-            chunking=off != "chunking",
-            skip=off != "skip",
-            planning=off != "planning",
-            feedback=off != "feedback",
-        )
-        self.world = World(
-            policy=policy, options=options, profiles=(PROFILE,) if is_profiled else ()
-        )
+    def begin(self, policy: str, is_profiled: bool) -> None:
+        self.world = World(policy=policy, profiles=(PROFILE,) if is_profiled else ())
         self.world.start_worker("unet", "unet-0")
         self.world.start_worker("vae", "vae-0")
         self.submitted = 0
+        self.overdue_since: dict[tuple[str, ...], int] = {}
         self.calm_since_blow = 0
 
     @rule(
@@ -212,6 +201,37 @@ class SchedulerMachine(RuleBasedStateMachine):
             if request.stage is Stage.DENOISING:
                 assert carried == request.slots_in_flight
                 assert request.done_step <= request.next_step <= request.num_forwards
+
+    @invariant()
+    def no_step_is_in_two_slots_in_flight(self) -> None:
+        for unet in self.world.core.unets.values():
+            rows = [(row.request_id, row.attempt) for slot in unet.slots for row in slot.rows]
+            steps = [
+                (row.request_id, row.attempt, row.step_index)
+                for slot in unet.slots
+                for row in slot.rows
+            ]
+            assert len(set(steps)) == len(steps)
+            assert max(Counter(rows).values(), default=0) <= len(unet.slots)
+
+    @invariant()
+    def an_overdue_decode_waits_for_a_few_slots_at_most(self) -> None:
+        """However tight the threshold: one gap for each decode ahead of it, a slot between them."""
+        core = self.world.core
+        overdue = {
+            (unet.info.incarnation, request.request_id, request.attempt, request.vae): unet
+            for unet in core.unets.values()
+            for request in core.requests.values()
+            if request.stage is Stage.DECODING
+            and not request.granted_chunks
+            and core.vaes[request.vae].info.device_group == unet.info.device_group
+            and self.world.now - request.latents_at > self.world.options.max_decode_wait_s
+        }
+        self.overdue_since = {
+            name: self.overdue_since.get(name, unet.num_slots) for name, unet in overdue.items()
+        }
+        for name, unet in overdue.items():
+            assert unet.num_slots - self.overdue_since[name] <= 4 + 2 * len(overdue)
 
     @invariant()
     def a_plan_keeps_the_threshold_or_says_that_none_does(self) -> None:

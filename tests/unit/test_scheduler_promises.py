@@ -28,7 +28,8 @@ def settle(world: World) -> None:
 
 def test_a_decode_waits_no_longer_than_its_bound_whatever_the_threshold() -> None:
     rule = ThresholdRule(min_value=1.0, first_value=1.0, max_value=1.0, is_adaptive=False)
-    world = a_world(options=PolicyOptions(rule=rule, max_decode_wait_s=2.0, skip=False))
+    options = PolicyOptions(rule=rule, max_decode_wait_s=2.0)
+    world = a_world("synerdiff-without-skip", options)
     world.submit(make_request("short", steps=1))
     for number in range(4):
         world.submit(make_request(f"long{number}", steps=200))

@@ -18,7 +18,9 @@ from services.scheduler.policy import (
 from services.scheduler.threshold import ThresholdRule
 
 __all__ = [
+    "BASELINES",
     "MAX_SLOTS_IN_FLIGHT",
+    "PARTS",
     "POLICY_NAMES",
     "Decode",
     "Grant",
@@ -29,30 +31,33 @@ __all__ = [
     "make_policy",
 ]
 
+BASELINES = ("static", "dynamic", "continuous-serial", "continuous-parallel")
+"""At their best: batch cap and threads from the profile. They don't skip guidance by themselves."""
+
+PARTS = ("chunking", "skip", "planning", "feedback")
+"""Of synerdiff, each of which can be left out."""
+
+WITH_SKIP = "-with-skip"
+WITHOUT = "-without-"
+
 POLICY_NAMES = (
-    "static",
-    "dynamic",
-    "continuous-serial",
-    "continuous-parallel",
+    *BASELINES,
+    *(name + WITH_SKIP for name in BASELINES),
     "continuous-parallel-naive",
     "synerdiff",
+    *(f"synerdiff{WITHOUT}{part}" for part in PARTS),
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyOptions:
-    """What can be switched; by default each policy at its best.
+    """What can be tuned; by default each policy at its best.
 
-    max_rows: cap on a slot, 0 leaves it to the profile. chunking, planning, feedback: parts of
-    synerdiff. skip: of every policy; None is on for synerdiff and off for the others. rule: of the
-    threshold. max_decode_wait_s: an older decode is granted regardless of the threshold.
+    max_rows: cap on a slot, 0 leaves it to the profile. rule: of the threshold. max_decode_wait_s:
+    an older decode is granted regardless of the threshold.
     """
 
     max_rows: int = 0
-    chunking: bool = True
-    skip: bool | None = None
-    planning: bool = True
-    feedback: bool = True
     rule: ThresholdRule = field(default_factory=ThresholdRule)
     max_decode_wait_s: float = 3.0
 
@@ -63,28 +68,29 @@ def make_policy(name: str, options: PolicyOptions | None = None) -> Policy:
     Raises:
         KeyError: There is none.
     """
+    if name not in POLICY_NAMES:
+        raise KeyError(name)
     options = options or PolicyOptions()
-    max_rows, skips = options.max_rows, bool(options.skip)
-    match name:
+    base, _, without = name.partition(WITHOUT)
+    skips, base = base.endswith(WITH_SKIP), base.removesuffix(WITH_SKIP)
+    match base:
         case "static":
-            return static_batching(max_rows=max_rows, skips=skips)
+            return static_batching(max_rows=options.max_rows, skips=skips)
         case "dynamic":
-            return dynamic_batching(max_rows=max_rows, skips=skips)
+            return dynamic_batching(max_rows=options.max_rows, skips=skips)
         case "continuous-serial":
-            return ContinuousSerial(max_rows=max_rows, skips=skips)
+            return ContinuousSerial(max_rows=options.max_rows, skips=skips)
         case "continuous-parallel":
-            return ContinuousParallel(max_rows=max_rows, skips=skips)
+            return ContinuousParallel(max_rows=options.max_rows, skips=skips)
         case "continuous-parallel-naive":
-            return ContinuousParallel(max_rows=max_rows, skips=skips, uses_default_threads=True)
-        case "synerdiff":
+            return ContinuousParallel(max_rows=options.max_rows, uses_default_threads=True)
+        case _:
             return SynerDiff(
-                max_rows=max_rows,
-                chunking=options.chunking,
-                skip=options.skip is not False,
-                planning=options.planning,
-                feedback=options.feedback,
+                max_rows=options.max_rows,
+                chunking=without != "chunking",
+                skip=without != "skip",
+                planning=without != "planning",
+                feedback=without != "feedback",
                 rule=options.rule,
                 max_decode_wait_s=options.max_decode_wait_s,
             )
-        case _:
-            raise KeyError(name)
