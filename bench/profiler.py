@@ -14,9 +14,13 @@ import typer
 
 from bench.report import machine
 from bench.side_by_side import Chunks, Forward, Pair, running_pair
+from bench.skip_levels import measure_skip_levels
+from cli.stack import EMBEDDED_MODEL
 from services.scheduler.profile import (
+    ASSUMED_SKIP_LEVELS,
     DecodeTiming,
     Profile,
+    SkipLevel,
     SlotKind,
     SlotTiming,
     make_key,
@@ -28,7 +32,8 @@ from shared.settings import available_threads
 ROWS = (1, 2, 4, 6, 8, 12, 16)
 BESIDE_ROWS = (2, 4, 8, 16)
 BESIDE_CHUNKS = (1, 2, 4, 8)
-EMBEDDED_MODEL = Path("models/emoji")
+SHORT_ROWS = (1, 2, 4, 8, 16)
+SHORT_REPEATS = 3
 
 Samples = dict[Any, list[float]]
 
@@ -101,18 +106,8 @@ def quartile_spread(samples: Sequence[float]) -> float:
     return (high - low) / statistics.median(samples)
 
 
-def make_profile(
-    found: Measurements,
-    *,
-    model_id: str,
-    device: str,
-    dtype: str,
-    threads: int,
-    size: tuple[int, int],
-    notes: Mapping[str, str],
-) -> Profile:
-    """Medians and spreads as the scheduler's profile."""
-    key = make_key(*size)
+def slot_timings(found: Measurements, key: str) -> list[SlotTiming]:
+    """Medians and spreads of slots alone and beside chunks."""
     slots = []
     for number in sorted({number for number, _ in found.alone}):
         samples = {rows: v for (kind, rows), v in found.alone.items() if kind == number}
@@ -121,7 +116,7 @@ def make_profile(
                 key=key,
                 kind=SlotKind(unet_threads=number),
                 step_ms=_medians_ms(samples),
-                spread=max(map(quartile_spread, samples.values())),
+                spread=_largest_spread(samples),
             )
         )
     for kind in sorted({kind for kind, _ in found.beside_step}):
@@ -133,31 +128,33 @@ def make_profile(
                 kind=kind,
                 step_ms=_medians_ms(steps),
                 chunks_ms=_medians_ms(chunks),
-                spread=max(map(quartile_spread, [*steps.values(), *chunks.values()])),
+                spread=max(_largest_spread(steps), _largest_spread(chunks)),
             )
         )
+    return slots
+
+
+def decode_timings(found: Measurements, key: str) -> list[DecodeTiming]:
+    """Medians of every chunk, by threads."""
     decodes = []
-    for number, samples_of_decodes in found.decode.items():
-        by_chunk = list(zip(*samples_of_decodes, strict=True))
+    for number, samples in found.decode.items():
+        chunk_ms = [statistics.median(one) * 1e3 for one in zip(*samples, strict=True)]
+        longest = max(chunk_ms) / sum(chunk_ms)
         decodes.append(
             DecodeTiming(
                 key=key,
                 threads=number,
-                chunk_ms=tuple(round(statistics.median(one) * 1e3, 3) for one in by_chunk),
-                granularity=f"{len(by_chunk)} chunks along the layers",
-                spread=quartile_spread([sum(parts) for parts in samples_of_decodes]),
+                chunk_ms=tuple(round(ms, 3) for ms in chunk_ms),
+                granularity=f"{len(chunk_ms)} chunks along the layers, "
+                f"the longest {longest:.2f} of the decode",
+                spread=round(quartile_spread([sum(parts) for parts in samples]), 3),
             )
         )
-    return Profile(
-        model_id=model_id,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        slots=tuple(slots),
-        decodes=tuple(decodes),
-        encode_ms=round(statistics.median(found.encode) * 1e3, 3),
-        notes=notes,
-    )
+    return decodes
+
+
+def _largest_spread(samples: Mapping[int, Sequence[float]]) -> float:
+    return round(max(map(quartile_spread, samples.values())), 3)
 
 
 def _medians_ms(samples: Mapping[int, Sequence[float]]) -> dict[int, float]:
@@ -174,36 +171,79 @@ def profile(  # noqa: PLR0917 - options of a command
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     chunks: Annotated[int, typer.Option(min=1, help="Chunks a decode is cut into.")] = 4,
     repeats: Annotated[int, typer.Option(min=2)] = 9,
-    size: Annotated[str, typer.Option(help="WxH in pixels; the model's default if empty.")] = "",
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="WxH in pixels, as often as you like; by default the model's own."),
+    ] = None,
+    short: Annotated[bool, typer.Option(help="Less certain, under 30 s.")] = False,
 ) -> None:
     """Measure slots, decodes and both side by side, and write them as one JSON file."""
     threads = available_threads()
-    sample = json.loads((model / "unet" / "config.json").read_text())["sample_size"]
-    vae = json.loads((model / "vae" / "config.json").read_text())
-    side = sample * 2 ** (len(vae["block_out_channels"]) - 1)
-    width, height = map(int, size.split("x")) if size else (side, side)
     torch_device = choose_device(device)
     torch_dtype = choose_dtype(dtype, torch_device)  # type: ignore[arg-type]
-    dtype_name = str(torch_dtype).removeprefix("torch.")
-    with running_pair(model, device=device, dtype=dtype_name, num_chunks=chunks) as pair:  # type: ignore[arg-type]
-        found = measure(
-            pair, size=(height, width), threads=threads, num_repeats=repeats, say=typer.echo
-        )
-    notes = {name: str(value) for name, value in machine().items()}
-    result = make_profile(
-        found,
+    dtype_name: Any = str(torch_dtype).removeprefix("torch.")
+    slots: list[SlotTiming] = []
+    decodes: list[DecodeTiming] = []
+    encode_ms = []
+    with running_pair(model, device=device, dtype=dtype_name, num_chunks=chunks) as pair:
+        for height, width in _sizes(model, size or []):
+            key = make_key(height, width)
+            typer.echo(key)
+            found = measure(
+                pair,
+                size=(height, width),
+                threads=threads,
+                num_repeats=SHORT_REPEATS if short else repeats,
+                rows=SHORT_ROWS if short else ROWS,
+                say=typer.echo,
+            )
+            slots += slot_timings(found, key)
+            decodes += decode_timings(found, key)
+            encode_ms.append(statistics.median(found.encode) * 1e3)
+    result = Profile(
         model_id=model.resolve().name,
         device=torch_device.type,
         dtype=dtype_name,
         threads=threads,
-        size=(height, width),
-        notes=notes | {"at": time.strftime("%Y-%m-%d")},
+        slots=tuple(slots),
+        decodes=tuple(decodes),
+        encode_ms=round(statistics.median(encode_ms), 3),
+        skip_levels=_skip_levels(model, device, dtype_name, threads, is_short=short),
+        notes=_notes(is_short=short),
     )
     out.write_text(format_profile(result))
-    key = make_key(height, width)
-    typer.echo(f"{out}: knee at {result.knee(key)} rows")
+    for key in dict.fromkeys(timing.key for timing in slots):
+        typer.echo(f"{out}: {key}, knee at {result.knee(key)} rows")
     if plot:
         from bench.profile_plot import plot_profile  # noqa: PLC0415 - matplotlib is optional
 
-        plot_profile(result, key, plot)
+        plot_profile(result, slots[0].key, plot)
         typer.echo(str(plot))
+
+
+def _sizes(model: Path, asked: Sequence[str]) -> list[tuple[int, int]]:
+    """(height, width) of what was asked for, or of the model's usual picture."""
+    if asked:
+        sizes = [tuple(map(int, one.split("x"))) for one in asked]
+        return [(height, width) for width, height in sizes]
+    sample = json.loads((model / "unet" / "config.json").read_text())["sample_size"]
+    vae = json.loads((model / "vae" / "config.json").read_text())
+    side = sample * 2 ** (len(vae["block_out_channels"]) - 1)
+    return [(side, side)]
+
+
+def _skip_levels(
+    model: Path, device: str, dtype: Any, threads: int, *, is_short: bool
+) -> Mapping[str, SkipLevel]:
+    if is_short:
+        return ASSUMED_SKIP_LEVELS
+    typer.echo("skip levels")
+    return measure_skip_levels(model, device=device, dtype=dtype, threads=threads)
+
+
+def _notes(*, is_short: bool) -> dict[str, str]:
+    notes = {name: str(value) for name, value in machine().items()}
+    notes["at"] = time.strftime("%Y-%m-%d")
+    if is_short:
+        notes["skip_levels"] = "assumed: a short profile doesn't measure them"
+    return notes

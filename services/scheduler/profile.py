@@ -16,7 +16,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from statistics import fmean
+from statistics import fmean, median
 
 from shared.messages import WorkerInfo
 
@@ -25,6 +25,10 @@ KNEE_FRACTION = 0.95
 
 SHORT_SPREAD = 0.1
 """Relative spread put down for what a worker measures at its start, in a few repeats."""
+
+STALE_RATIO = 3.0
+"""A profile is stale where slots alone take so many times as long now, or as short. Less is drift,
+or neighbours that are starting, too."""
 
 
 def make_key(height: int, width: int) -> str:
@@ -292,14 +296,31 @@ def profile_in_short(unet: WorkerInfo, vaes: Sequence[WorkerInfo]) -> Profile:
 
 
 def matching_profile(profiles: Sequence[Profile], unet: WorkerInfo) -> Profile | None:
-    """The profile that was made for this worker's model, dtype, kind of device and threads."""
+    """The profile made for this worker's model, dtype, kind of device and threads, if not stale.
+
+    Whether it is stale tells the worker's own measurement at its start: the profile may come from
+    another machine, or from before the model or the library changed.
+    """
     device = unet.device.partition(":")[0]
     wanted = (unet.model_id, unet.dtype, device)
     for profile in profiles:
         found = (profile.model_id, profile.dtype, profile.device)
-        if found == wanted and profile.threads in {0, unet.threads}:
+        if (
+            found == wanted
+            and profile.threads in {0, unet.threads}
+            and not _is_stale(profile, unet)
+        ):
             return profile
     return None
+
+
+def _is_stale(profile: Profile, unet: WorkerInfo) -> bool:
+    if not (unet.model and unet.step_ms):
+        return False
+    key = make_key(unet.model.default_height, unet.model.default_width)
+    kind = profile.alone_kind(key)
+    ratio = median(ms / profile.slot_ms(key, rows, kind)[0] for rows, ms in unet.step_ms.items())
+    return not 1 / STALE_RATIO <= ratio <= STALE_RATIO
 
 
 def _check_positive(name: str, durations: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from scheduler_world import make_worker
 
@@ -89,6 +91,14 @@ def test_a_profile_serves_the_workers_it_was_made_for() -> None:
         decodes=(),
     )
     assert matching_profile([other], unet) is None
+
+
+def test_a_profile_of_a_much_slower_or_faster_machine_is_stale() -> None:
+    unet = make_worker("unet", "u", "u-1")
+    for factor, is_used in ((0.2, False), (0.7, True), (1.5, True), (5.0, False)):
+        step_ms = {rows: ms * factor for rows, ms in unet.step_ms.items()}
+        found = matching_profile([PROFILE], replace(unet, step_ms=step_ms))
+        assert (found is PROFILE) == is_used
 
 
 def test_drift_follows_a_lasting_change_and_shrugs_at_an_outlier() -> None:
