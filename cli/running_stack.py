@@ -22,14 +22,20 @@ from cli.machine import memory_bytes
 from cli.narrator import Narrator
 from cli.readiness import StartWatch
 from cli.service_log import LogLine
-from cli.stack import Stack, StackOptions, limit_image_budget, prepare_stack, redis_service
+from cli.stack import (
+    GRACE_S,
+    Stack,
+    StackOptions,
+    limit_image_budget,
+    prepare_stack,
+    redis_service,
+)
 from cli.supervisor import Death, Service, Supervisor
 from shared.errors import ConfigurationError
 from shared.pool_file import sweep
 
 REDIS_LOAD_TIMEOUT_S: Final = 300.0
 EXTERNAL_REDIS_TIMEOUT_S: Final = 3.0
-GRACE_S: Final = 10.0
 _STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

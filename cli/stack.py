@@ -26,7 +26,10 @@ from shared.settings import (
 
 EMBEDDED_MODEL: Final = Path(__file__).resolve().parents[1] / "models" / "emoji"
 _ALL_INTERFACES: Final = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104
-_STOP_RANKS: Final = {"gateway": 0, "unet": 1, "vae": 1, "scheduler": 2, "redis": 3}
+_STOP_RANKS: Final = {"gateway": 0, "unet": 1, "vae": 2, "scheduler": 3, "redis": 4}
+"""Each is stopped while what it needs to drain is still there."""
+GRACE_S: Final = 10.0
+"""How long a service may take to stop; it gives up draining a little earlier by itself."""
 _MIB: Final = 1 << 20
 
 WORKER_ENVIRONMENT: Final = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
@@ -101,6 +104,7 @@ class Stack:
         environment = dict(self.environment) | {
             "SYNERDIFF_REDIS_URL": redis_url,
             "SYNERDIFF_METRICS_PORT": "0",  # the gateway shows everybody's
+            "SYNERDIFF_DRAIN_TIMEOUT_S": str(0.8 * GRACE_S),
             "PROMETHEUS_MULTIPROC_DIR": str(metrics_folder),
             "PYTHONFAULTHANDLER": "1",
             "PYTHONUNBUFFERED": "1",

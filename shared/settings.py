@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_serializer
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.errors import ConfigurationError
@@ -50,6 +50,12 @@ class ServiceSettings(BaseSettings):
     record_ttl_s: int = Field(86_400, ge=1)
     drain_timeout_s: float = Field(20.0, ge=0)
     image_budget_mb: int = Field(1_024, ge=1)
+
+    @field_serializer("redis_url")
+    def _without_password(self, url: str) -> str:
+        """For the log: all of it but what stands before the host."""
+        scheme, _, rest = url.partition("://")
+        return f"{scheme}://{rest.rpartition('@')[2]}"
 
     @property
     def retention(self) -> Retention:

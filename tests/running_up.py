@@ -36,12 +36,12 @@ class Up:
     process: subprocess.Popen[bytes]
 
     @classmethod
-    def start(cls, model: Path, data_dir: Path) -> Up:
+    def start(cls, model: Path, data_dir: Path, *more: str) -> Up:
         port = reserve_port("127.0.0.1", 0)
         output = data_dir.with_suffix(f".{port}.txt")
         with output.open("wb") as file:
             process = subprocess.Popen(
-                [*command(model, data_dir), "--port", str(port)], stdout=file, stderr=file
+                [*command(model, data_dir), "--port", str(port), *more], stdout=file, stderr=file
             )
         return cls(model=model, data_dir=data_dir, port=port, output=output, process=process)
 

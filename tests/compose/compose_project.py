@@ -1,8 +1,9 @@
-"""One compose project of its own name, port and data, as tests drive it."""
+"""A compose project of its own name, port and data, as tests drive it."""
 
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import shutil
@@ -14,7 +15,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import openai
+import pytest
+from PIL import Image
 
 from cli.stack import reserve_port
 
@@ -39,6 +43,13 @@ def has_engine() -> bool:
     )
 
 
+needs_engine = pytest.mark.skipif(
+    not has_engine() and os.environ.get("SYNERDIFF_REQUIRE_ENGINE") != "1",
+    reason="no Docker engine with Compose is here",
+)
+"""Where SYNERDIFF_REQUIRE_ENGINE=1 says that there has to be one, its lack is a failure."""
+
+
 def run(*command: str, timeout_s: float = COMMAND_TIMEOUT_S, **variables: str) -> str:
     """A command's output; its failure, with all it said, is the test's."""
     # The classic builder is the one that every engine has.
@@ -57,25 +68,43 @@ def run(*command: str, timeout_s: float = COMMAND_TIMEOUT_S, **variables: str) -
 
 
 def build_image() -> None:
+    """The image that the projects run; quick but for the first time."""
     run(
         *("docker", "build", "-q", "-f", "deploy/Dockerfile", "-t", IMAGE, "."),
         timeout_s=BUILD_TIMEOUT_S,
     )
 
 
+def assert_same_picture(one: bytes, other: bytes) -> None:
+    """Up to rounding: neighbours and thread counts change the order of sums."""
+    pixels = [np.asarray(Image.open(io.BytesIO(data)), dtype=np.float32) for data in (one, other)]
+    assert np.abs(pixels[0] - pixels[1]).mean() < 2
+
+
 class Project:
-    def __init__(self) -> None:
-        self.name = f"synerdiff-test-{os.getpid()}"
+    """overlays: files beside compose.yaml. variables: for Compose to put into them."""
+
+    def __init__(self, name: str, *overlays: str, **variables: str) -> None:
+        self.name = f"synerdiff-{name}-{os.getpid()}"
         self.port = reserve_port("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.port}"
+        files = ("compose.yaml", *overlays)
+        self._command = ("docker", "compose", *(part for one in files for part in ("-f", one)))
+        self._variables = variables
 
     def compose(self, *arguments: str) -> str:
         return run(
-            *("docker", "compose", *arguments),
+            *(*self._command, *arguments),
             COMPOSE_PROJECT_NAME=self.name,
             PORT=str(self.port),
             SYNERDIFF_IMAGE=IMAGE,
+            **self._variables,
         )
+
+    def down(self) -> None:
+        """Stop it; nothing of it is left."""
+        self.compose("down", "-v", "--timeout", "20")
+        assert not self.leftovers()
 
     def up(self, *arguments: str) -> None:
         self.compose("up", "-d", "--no-build", "--no-recreate", *arguments)

@@ -6,26 +6,15 @@ SYNERDIFF_REQUIRE_ENGINE=1 says that it has to, a missing engine is a failure.
 
 from __future__ import annotations
 
-import io
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
-from compose_project import IMAGE, Project, build_image, has_engine, run
-from PIL import Image
+from compose_project import Project, assert_same_picture, build_image, needs_engine, run
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1_200),
-    pytest.mark.skipif(
-        not has_engine() and os.environ.get("SYNERDIFF_REQUIRE_ENGINE") != "1",
-        reason="no Docker engine with Compose is here",
-    ),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1_200), needs_engine]
 
 ENCODED = "synerdiff_images_encoded_total"
 TRANSFERS = "synerdiff_transfers_total"
@@ -35,15 +24,14 @@ VAE_CPUS = "0.2"
 @pytest.fixture(scope="module")
 def project() -> Iterator[Project]:
     build_image()
-    project = Project()
+    project = Project("test")
     try:
         project.up()
         project.wait_healthy()
         project.wait_ready()
         yield project
     finally:
-        project.compose("down", "-v", "--timeout", "20")
-    assert not project.leftovers()
+        project.down()
 
 
 def limit_cpus(project: Project, service: str, cpus: str) -> None:
@@ -54,12 +42,6 @@ def seconds_for(project: Project, count: int) -> float:
     began = time.monotonic()
     project.generate_many(count, steps=1)
     return time.monotonic() - began
-
-
-def assert_same_picture(one: bytes, other: bytes) -> None:
-    """Up to rounding: neighbours and thread counts change the order of sums."""
-    pixels = [np.asarray(Image.open(io.BytesIO(data)), dtype=np.float32) for data in (one, other)]
-    assert np.abs(pixels[0] - pixels[1]).mean() < 2
 
 
 def test_pictures_come_and_their_latents_travel_through_shared_memory(project: Project) -> None:
@@ -122,31 +104,3 @@ def test_a_killed_worker_loses_nothing(project: Project) -> None:
         project.compose("kill", "-s", "KILL", "unet_worker")
         project.up()
         under_way.result()
-
-
-def test_a_worker_in_a_namespace_of_its_own_gets_the_same_latents_inline(
-    project: Project,
-) -> None:
-    """As on another host: no shared memory, no other network than the one to Redis."""
-    here = project.generate(5)
-    network, name = f"{project.name}-elsewhere", f"{project.name}-vae-elsewhere"
-    (redis,) = project.containers("redis")
-    # --internal: there is no way from here to anybody else.
-    run("docker", "network", "create", "--internal", network)
-    try:
-        run("docker", "network", "connect", "--alias", "redis", network, redis)
-        run(
-            *("docker", "run", "-d", "--rm", "--name", name, "--network", network),
-            *("-e", "SYNERDIFF_REDIS_URL=redis://redis:6379/0"),
-            *("-e", "SYNERDIFF_METRICS_PORT=9100"),
-            *(IMAGE, "python", "-m", "services.vae_worker"),
-        )
-        project.up("--scale", "vae_worker=0")
-        project.wait_ready()
-        assert_same_picture(project.generate(5), here)
-        assert project.metric(name, TRANSFERS) == Counter({'{transport="inline"}': 1})
-        project.up("--scale", "vae_worker=1")
-    finally:
-        run("docker", "stop", name)
-        run("docker", "network", "disconnect", network, redis)
-        run("docker", "network", "rm", network)

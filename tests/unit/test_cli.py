@@ -314,7 +314,8 @@ def test_every_worker_has_a_name_of_its_own_and_sleeping_threads() -> None:
         assert environment.get("SYNERDIFF_WORKER_ID") == (service.name if is_worker else None)
         assert ("OMP_WAIT_POLICY" in environment) == is_worker
     ranks = {service.name: service.stop_rank for service in services}
-    assert ranks["gateway"] < ranks["unet-0"] == ranks["vae-0"] < ranks["scheduler"]
+    assert ranks["gateway"] < ranks["unet-0"] == ranks["unet-1"] < ranks["vae-0"]
+    assert ranks["vae-0"] < ranks["scheduler"]
 
 
 @pytest.mark.parametrize(
