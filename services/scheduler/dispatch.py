@@ -16,7 +16,7 @@ from services.scheduler.placement import (
     soonest_finish_ms,
     transport_of,
 )
-from services.scheduler.policy import MAX_SLOTS_IN_FLIGHT, Decode, Grant, GroupView, Plan, Policy
+from services.scheduler.policy import Decode, Grant, GroupView, Plan, Policy
 from services.scheduler.state import Request, SlotInFlight, Spent, Stage, UnetWorker, VaeWorker
 from shared import keys, messages
 
@@ -187,7 +187,7 @@ class Dispatch:
         num_waiting: float,
         now: float,
     ) -> None:
-        while self._policy.grants_at_once or len(unet.slots) < MAX_SLOTS_IN_FLIGHT:
+        while True:
             plan = self._policy.plan(self._view(unet, residents, pending, num_waiting, now))
             self._carry_out(unet, plan)
             if not plan.rows:
@@ -204,9 +204,11 @@ class Dispatch:
         for grant in plan.grants:
             # A gap begins behind the slots in flight; what a slot's header says first after
             # its end is the next number.
-            after = last_seq + 1 if grant.is_gap and last_seq else 0
+            after = last_seq + 1 if grant.is_gap and last_seq else grant.beside_seq
             beside_seq = next_seq if grant.is_bound and plan.rows else after
             self._grant(grant, beside_seq=beside_seq, pool=unet.info.pool)
+            if grant.beside_seq:
+                _lengthen(unet, grant)
         if plan.rows:
             self._send_slot(unet, plan)
         elif not unet.slots and not plan.grants and not self._has_gap(unet):
@@ -251,7 +253,17 @@ class Dispatch:
         self._next_seq += 1
         unet.num_slots += 1
         key = self._requests[plan.rows[0].request_id].batch_key
-        unet.slots.append(SlotInFlight(seq=self._next_seq, rows=plan.rows, key=key, kind=plan.kind))
+        rows = sum(self._requests[row.request_id].rows - row.skip for row in plan.rows)
+        unet.slots.append(
+            SlotInFlight(
+                seq=self._next_seq,
+                rows=plan.rows,
+                key=key,
+                kind=plan.kind,
+                num_rows=rows,
+                chunks=sum(grant.chunks for grant in plan.grants if grant.is_bound),
+            )
+        )
         unet.turns[key] = unet.num_slots
         for row in plan.rows:
             request = self._requests[row.request_id]
@@ -281,6 +293,16 @@ class Dispatch:
             pool=pool if beside_seq else "",
         )
         self._outbox.send(request.vae, "work", message)
+
+
+def _lengthen(unet: UnetWorker, grant: Grant) -> None:
+    """A slot in flight has more chunks beside it than it was sent with."""
+    for slot in unet.slots:
+        if slot.seq == grant.beside_seq:
+            slot.chunks += grant.chunks
+    for spent in unet.ledger:
+        if spent.seq == grant.beside_seq:
+            spent.ms += grant.extra_ms
 
 
 def _decode(request: Request, vae: VaeWorker, unet: UnetWorker, *, is_assigned: bool) -> Decode:

@@ -15,6 +15,7 @@ from services.scheduler.planner import Option
 from services.scheduler.policy import Decode
 from services.scheduler.profile import SlotKind
 from services.scheduler.skipping import Skippable
+from services.scheduler.state import SlotInFlight
 
 GAP_COUNTS = (1, 2, 4)
 """Chunks on offer in a gap, besides what is left of the first decodes."""
@@ -137,6 +138,67 @@ def slot_options(
             for skips, price in skips_on_offer.items()
         )
     return tuple(options), kinds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InFlight:
+    """A slot in flight that more chunks may run beside.
+
+    options: what it takes as it is, or with more chunks. kinds: by the chunks added.
+    """
+
+    slot: SlotInFlight
+    options: tuple[Option, ...]
+    kinds: Kinds
+
+    @property
+    def base_ms(self) -> float:
+        """What it takes as it is."""
+        return self.options[0].ms
+
+
+def in_flight(
+    times: Times,
+    slot: SlotInFlight,
+    decodes: Sequence[Decode],
+    *,
+    chunk_ms: float,
+    num_delayed: float,
+    rule: WindowRule,
+) -> InFlight | None:
+    """What may still be granted beside a slot that was sent; None where nothing may.
+
+    It is taken as just begun.
+    """
+    size, rows, durations = slot.key.size, slot.num_rows, times.durations
+    if slot.kind is None or not rows or not any(one.is_assigned for one in decodes):
+        return None
+    threads = slot.kind.unet_threads
+    if not durations.has_beside(size, threads):
+        return None
+    weight = times.chunk_weight(size, chunk_ms)
+    beside = times.drift.factor(BESIDE)
+    totals = durations.chunk_counts(size) if rule.chunking else (decodes[0].remaining,)
+
+    def timed(chunks: int) -> tuple[SlotKind, float]:
+        kind, ms = durations.beside(size, rows, chunks, weight, unet_threads=threads)
+        return kind, ms * beside
+
+    base_ms = timed(slot.chunks)[1] if slot.chunks else times.alone_ms(size, rows)
+    options, kinds = [Option(chunks=0, skips=0, ms=base_ms)], {}
+    for total in totals:
+        if total > slot.chunks and (rule.chunking or not slot.chunks):
+            kinds[total - slot.chunks], ms = timed(total)
+            extra_ms = max(ms - base_ms, 0.0)
+            options.append(
+                Option(
+                    chunks=total - slot.chunks,
+                    skips=0,
+                    ms=base_ms + extra_ms,
+                    price=num_delayed * extra_ms,
+                )
+            )
+    return InFlight(slot=slot, options=tuple(options), kinds=kinds)
 
 
 def chunk_price(stages: Iterable[Sequence[Option]], num_delayed: float) -> float:

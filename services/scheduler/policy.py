@@ -71,7 +71,9 @@ class Grant:
     """More chunks for one decode.
 
     is_gap: with the device to itself, after the slots in flight; no slot is sent before they are
-    done. Otherwise: beside the slot of the same plan if `is_bound`, at once if not.
+    done. Otherwise: beside the slot of the same plan if `is_bound`, beside the slot in flight of
+    that number if `beside_seq` names one, at once if neither. extra_ms: by which it makes a slot in
+    flight longer.
     """
 
     request_id: str
@@ -79,6 +81,8 @@ class Grant:
     threads: int
     is_gap: bool = False
     is_bound: bool = False
+    beside_seq: int = 0
+    extra_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,14 +108,8 @@ WAIT = Plan()
 class Policy(Protocol):
     """One way to serve.
 
-    admission_factor: resident rows may reach this many knees. grants_at_once: it may grant chunks
-    while no slot can be sent; others need not be asked then.
+    admission_factor: resident rows may reach this many knees.
     """
-
-    @property
-    def grants_at_once(self) -> bool:
-        """See the class."""
-        ...
 
     @property
     def admission_factor(self) -> int:
@@ -140,11 +138,6 @@ class WithoutThreshold:
 
     max_rows: int = 0
     skips: bool = False
-
-    @property
-    def grants_at_once(self) -> bool:
-        """Decodes are not bound to slots."""
-        return True
 
     @property
     def admission_factor(self) -> int:

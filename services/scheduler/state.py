@@ -183,14 +183,20 @@ class Outlook:
     is_forced: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class SlotInFlight:
-    """A slot that was sent and not reported. kind: the profile's, None where none is known."""
+    """A slot that was sent and not reported.
+
+    kind: the profile's, None where none is known. num_rows: as planned, skipped ones left out.
+    chunks: granted beside it.
+    """
 
     seq: int
     rows: tuple[SlotRow, ...]
     key: BatchKey
     kind: SlotKind | None = None
+    num_rows: int = 0
+    chunks: int = 0
 
 
 @dataclass(slots=True, kw_only=True)

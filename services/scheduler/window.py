@@ -1,8 +1,9 @@
 """From what the scheduler knows to a planning problem, and what its solution means.
 
-The window is the next slots, each behind a gap in which chunks may be decoded alone, and the last
-slots already sent: what those took beyond their share is deducted. Without the look behind,
-replanning at every slot would spend in each slot the slack of the whole window.
+The window is the slots in flight, beside which more chunks may run, then the next slots, each
+behind a gap in which chunks may be decoded alone. It also looks behind: what the last slots took
+beyond their share is deducted. Otherwise replanning at every slot would spend in each slot the
+slack of the whole window.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from dataclasses import dataclass
 from itertools import islice
 
 from services.scheduler.options import (
+    InFlight,
     Kinds,
     Times,
     WindowRule,
     chunk_price,
     gap_options,
+    in_flight,
     slot_options,
 )
 from services.scheduler.packing import Batch
@@ -33,13 +36,14 @@ MAX_PLANNED_DECODES = 16
 class Window:
     """A problem and the things its numbers stand for.
 
-    stages of the problem alternate: gap, slot, gap, slot... decodes: in the order of service.
-    skippable: requests of the first slot that may skip, cheapest first. kinds: of the first slot.
-    alone_ms: of the planned slots. past_ms, past_alone_ms: of those behind. first_alone_ms: of the
-    first slot. is_forced: the first decode is overdue.
+    stages of the problem: those of `in_flight`, then gap, slot, gap, slot... decodes: in the order
+    of service. skippable: requests of the first slot that may skip, cheapest first. kinds: of the
+    first slot. alone_ms: of the planned slots. past_ms, past_alone_ms: of those behind, with the
+    slots in flight. first_alone_ms: of the first slot. is_forced: the first decode is overdue.
     """
 
     problem: Problem
+    in_flight: tuple[InFlight, ...]
     decodes: tuple[Decode, ...]
     skippable: tuple[Request, ...]
     kinds: Kinds
@@ -49,9 +53,17 @@ class Window:
     past_alone_ms: float
     is_forced: bool
 
+    @property
+    def in_flight_ms(self) -> float:
+        """Of the slots in flight as they are; in the problem's times and among those behind."""
+        return sum(one.base_ms for one in self.in_flight)
+
 
 def make_window(view: GroupView, batches: Sequence[Batch], rule: WindowRule) -> Window:
-    """The problem of serving these batches and the view's decodes under the view's threshold."""
+    """The problem of serving these batches and the view's decodes under the view's threshold.
+
+    batches: may be none; then only the slots in flight are planned for.
+    """
     unet = view.unet
     times = Times(durations=unet.durations, drift=unet.drift)
     decodes, is_overdue = _serving_order(view, rule)
@@ -65,23 +77,39 @@ def make_window(view: GroupView, batches: Sequence[Batch], rule: WindowRule) -> 
     slots = _slots(
         view, batches, decodes, times, chunk_ms=chunk_ms, num_running=num_running, rule=rule
     )
+    sent = tuple(
+        found
+        for slot in unet.slots
+        if (
+            found := in_flight(
+                times, slot, decodes, chunk_ms=chunk_ms, num_delayed=num_delayed, rule=rule
+            )
+        )
+    )
+    stages = (
+        *(one.options for one in sent),
+        *(stage for slot in slots for stage in (gap, slot.options)),
+    )
     alone = [times.alone_ms(batch.key.size, batch.rows) for batch in batches]
     past_ms, past_alone_ms = sum(one.ms for one in past), sum(one.alone_ms for one in past)
     problem = Problem(
-        stages=tuple(stage for slot in slots for stage in (gap, slot.options)),
+        stages=stages,
         remaining=tuple(one.remaining for one in decodes),
-        budget_ms=(sum(alone) + past_alone_ms) / unet.threshold.value - past_ms,
+        budget_ms=(sum(alone) + past_alone_ms) / unet.threshold.value
+        - past_ms
+        + sum(one.base_ms for one in sent),
         tail_ms=chunk_ms,
-        tail_price=chunk_price((gap, slots[0].options), num_delayed),
+        tail_price=chunk_price(stages[: len(sent) + 2], num_delayed),
         must_grant=is_forced,
     )
     return Window(
         problem=problem,
+        in_flight=sent,
         decodes=decodes,
-        skippable=tuple(one.request for one in slots[0].skippable),
-        kinds=slots[0].kinds,
+        skippable=tuple(one.request for one in slots[0].skippable) if slots else (),
+        kinds=slots[0].kinds if slots else {},
         alone_ms=sum(alone),
-        first_alone_ms=alone[0],
+        first_alone_ms=alone[0] if alone else 0.0,
         past_ms=past_ms,
         past_alone_ms=past_alone_ms,
         is_forced=is_forced,

@@ -6,7 +6,13 @@ import pytest
 from scheduler_world import World, make_request
 
 from services.scheduler.policies import POLICY_NAMES, PolicyOptions, make_policy
-from services.scheduler.profile import profile_in_short
+from services.scheduler.profile import (
+    DecodeTiming,
+    Profile,
+    SlotKind,
+    SlotTiming,
+    profile_in_short,
+)
 from services.scheduler.simulation.arrivals import Mix, format_trace, make_arrivals, parse_trace
 from services.scheduler.simulation.simulator import Simulation, SimulationSettings
 from services.scheduler.threshold import Stretches, Threshold, ThresholdRule
@@ -47,6 +53,48 @@ def test_a_decode_waits_no_longer_than_its_bound_whatever_the_threshold() -> Non
             break
     assert world.final["short"] == "done"
     assert world.now <= 2.0 + 5 * 0.1 + 0.5
+
+
+def roomy_profile() -> Profile:
+    """One UNet thread is as fast as two, and a chunk beside it costs next to nothing."""
+    alone = {2: 20.0, 8: 40.0}
+    beside = SlotKind(unet_threads=1, vae_threads=1, chunks=4)
+    return Profile(
+        model_id="m",
+        device="cpu",
+        dtype="float32",
+        threads=2,
+        slots=(
+            SlotTiming(key="64x64", kind=SlotKind(unet_threads=2), step_ms=alone),
+            SlotTiming(key="64x64", kind=SlotKind(unet_threads=1), step_ms=alone),
+            SlotTiming(
+                key="64x64", kind=beside, step_ms={2: 21.0, 8: 41.0}, chunks_ms={2: 18.0, 8: 18.0}
+            ),
+        ),
+        decodes=(DecodeTiming(key="64x64", threads=2, chunk_ms=(4.0,) * 4),),
+    )
+
+
+def test_a_decode_that_comes_while_slots_are_in_flight_begins_beside_them() -> None:
+    world = World(policy="synerdiff", profiles=(roomy_profile(),))
+    world.start_worker("unet", "unet-0")
+    world.start_worker("vae", "vae-0")
+    world.submit(make_request("short", steps=1))
+    world.submit(make_request("long", steps=50))
+    settle(world)
+    unet = next(iter(world.unets))
+    while not any(vae.decodes for vae in world.vaes.values()):
+        world.run_slot(unet)
+        settle(world)
+    in_flight = [slot.seq for slot in world.unets[unet].slots]
+    grants = [
+        command.message
+        for _, _, commands in world.log
+        for command in commands
+        if isinstance(getattr(command, "message", None), messages.GrantChunks)
+    ]
+    assert sum(grant.chunks for grant in grants) == 4
+    assert grants[0].beside_seq == in_flight[0]
 
 
 def test_owners_take_turns_at_admission() -> None:

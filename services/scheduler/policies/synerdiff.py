@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from services.scheduler.options import WindowRule
 from services.scheduler.packing import pack_batches
-from services.scheduler.planner import greedy, solve
+from services.scheduler.planner import Solution, greedy, solve
 from services.scheduler.policy import (
     MAX_SLOTS_IN_FLIGHT,
     WAIT,
@@ -17,9 +19,10 @@ from services.scheduler.policy import (
     Plan,
     make_rows,
 )
-from services.scheduler.state import Outlook
+from services.scheduler.profile import Profile
+from services.scheduler.state import Outlook, Request
 from services.scheduler.threshold import Stretches, Threshold, ThresholdRule
-from services.scheduler.window import make_window
+from services.scheduler.window import Window, make_window
 
 MIN_DECODE_SHARE = 0.1
 """Of the device's time, in the decoder's predicted wait, however high the threshold."""
@@ -44,11 +47,6 @@ class SynerDiff:
     max_decode_wait_s: float = 3.0
 
     @property
-    def grants_at_once(self) -> bool:
-        """Chunks go with slots, or into gaps that no slot is queued behind."""
-        return False
-
-    @property
     def admission_factor(self) -> int:
         """So that a full slot never waits for a prompt."""
         return 2
@@ -65,40 +63,54 @@ class SynerDiff:
         return view.unet.threshold.after_slot(self.rule, stretches)
 
     def plan(self, view: GroupView) -> Plan:
-        """The next gap or slot, with the chunks beside it."""
+        """More chunks beside the slots in flight; then the next gap or slot, if one can be sent."""
         unet = view.unet
         if any(one.request.has_gap and one.is_running for one in view.decodes):
             return WAIT
-        if len(unet.slots) >= MAX_SLOTS_IN_FLIGHT:
+        is_full = len(unet.slots) >= MAX_SLOTS_IN_FLIGHT
+        if is_full and not any(one.is_assigned and one.remaining for one in view.decodes):
             return WAIT
         rule = self._window_rule()
         batches = pack_batches(
-            view.requests, unet, view.now, max_rows=self.max_rows, num_slots=rule.num_slots
+            view.requests,
+            unet,
+            view.now,
+            max_rows=self.max_rows,
+            num_slots=max(rule.num_slots - len(unet.slots), 1),
         )
-        if not batches:
-            return WAIT if unet.slots else self._decode_alone(view)
+        if not batches and not unet.slots:
+            return self._decode_alone(view)
         window = make_window(view, batches, rule)
+        if not window.problem.stages:
+            return WAIT
+        return self._by_window(view, window, () if is_full or not batches else batches[0].requests)
+
+    def _by_window(self, view: GroupView, window: Window, requests: Sequence[Request]) -> Plan:
+        """What the window's solution says of now. requests: of the next slot; none for none."""
         solution = solve(window.problem) if self.planning else greedy(window.problem)
-        gap, slot = solution.options[:2]
         outlook = Outlook(
-            theta=unet.threshold.value,
-            planned_ms=solution.ms + window.past_ms,
+            theta=view.unet.threshold.value,
+            planned_ms=solution.ms - window.in_flight_ms + window.past_ms,
             alone_ms=window.alone_ms + window.past_alone_ms,
             is_feasible=solution.is_feasible,
             is_forced=window.is_forced,
         )
-        if gap.chunks:
-            grants = self._grants(view, window.decodes, gap.chunks, is_gap=True)
-            if grants:
-                return Plan(grants=grants, outlook=outlook, spends=(gap.ms, 0.0))
+        queue = ChunkQueue(window.decodes, view.unet.profile)
+        grants = _beside_slots_in_flight(queue, window, solution)
+        if not requests:
+            return Plan(grants=grants, outlook=outlook)
+        gap, slot = solution.options[len(window.in_flight) :][:2]
+        in_gap = queue.grant(gap.chunks, is_gap=True)
+        if in_gap:
+            return Plan(grants=grants + in_gap, outlook=outlook, spends=(gap.ms, 0.0))
         kind = window.kinds[slot.chunks]
-        grants = self._grants(view, window.decodes, slot.chunks, threads=kind.vae_threads)
+        beside = queue.grant(slot.chunks, threads=kind.vae_threads, is_bound=True)
         skipped = frozenset(one.request_id for one in islice(window.skippable, slot.skips))
         return Plan(
-            rows=make_rows(batches[0].requests, skipped),
+            rows=make_rows(requests, skipped),
             threads=kind.unet_threads,
             kind=kind,
-            grants=grants,
+            grants=grants + beside,
             outlook=outlook,
             spends=(slot.ms, window.first_alone_ms),
         )
@@ -114,41 +126,74 @@ class SynerDiff:
 
     def _decode_alone(self, view: GroupView) -> Plan:
         """No step to run: every decode gets all of its chunks, to be run one after another."""
-        waiting = [one for one in view.decodes if one.is_assigned and one.remaining]
-        chunks = sum(one.remaining for one in waiting)
-        return Plan(grants=self._grants(view, waiting, chunks, is_gap=False))
+        queue = ChunkQueue(view.decodes, view.unet.profile)
+        return Plan(grants=queue.grant(sum(one.remaining for one in view.decodes)))
 
-    def _grants(
+
+def _beside_slots_in_flight(
+    queue: ChunkQueue, window: Window, solution: Solution
+) -> tuple[Grant, ...]:
+    """What the solution adds to the slots that were sent already."""
+    grants: list[Grant] = []
+    for sent, option in zip(window.in_flight, solution.options, strict=False):
+        if option.chunks:
+            kind = sent.kinds[option.chunks]
+            added = queue.grant(option.chunks, threads=kind.vae_threads, beside_seq=sent.slot.seq)
+            extra_ms = (option.ms - sent.base_ms) / max(len(added), 1)
+            grants += [replace(one, extra_ms=extra_ms) for one in added]
+    return tuple(grants)
+
+
+class ChunkQueue:
+    """Chunks that can be granted, of decodes at a VAE worker, in the order of service.
+
+    Args:
+        decodes: In that order.
+        profile: Knows the threads that a decode takes alone.
+    """
+
+    def __init__(self, decodes: Iterable[Decode], profile: Profile) -> None:
+        self._decodes = deque(one for one in decodes if one.is_assigned and one.remaining)
+        self._num_taken = 0
+        self._profile = profile
+
+    def grant(
         self,
-        view: GroupView,
-        decodes: tuple[Decode, ...] | list[Decode],
         chunks: int,
         *,
-        is_gap: bool = False,
         threads: int | None = None,
+        is_gap: bool = False,
+        is_bound: bool = False,
+        beside_seq: int = 0,
     ) -> tuple[Grant, ...]:
-        """So many chunks for the decodes in their order, as far as they are at a VAE worker.
+        """The next so many of them, as far as there are.
 
         threads: beside a slot; None for the decoder's best alone.
         """
         grants = []
-        for decode in decodes:
-            if not decode.is_assigned or not chunks:
-                continue
-            taken = min(decode.remaining, chunks)
-            chunks -= taken
-            timing = view.unet.profile.decode(decode.request.batch_key.size)
-            alone = timing.threads if timing else view.unet.profile.threads
+        while chunks and self._decodes:
+            decode = self._decodes[0]
+            taken = min(decode.remaining - self._num_taken, chunks)
             grants.append(
                 Grant(
                     request_id=decode.request.request_id,
                     chunks=taken,
-                    threads=alone if threads is None else threads,
+                    threads=self._alone_threads(decode) if threads is None else threads,
                     is_gap=is_gap,
-                    is_bound=threads is not None,
+                    is_bound=is_bound,
+                    beside_seq=beside_seq,
                 )
             )
+            chunks -= taken
+            self._num_taken += taken
+            if self._num_taken == decode.remaining:
+                self._decodes.popleft()
+                self._num_taken = 0
         return tuple(grants)
+
+    def _alone_threads(self, decode: Decode) -> int:
+        timing = self._profile.decode(decode.request.batch_key.size)
+        return timing.threads if timing else self._profile.threads
 
 
 def predict_stretches(view: GroupView) -> Stretches:
