@@ -1,0 +1,114 @@
+"""How one cell of `bench policies` is measured, on any stack that serves by a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import mean
+from typing import Any, Final, Protocol
+
+from bench.policies_cells import Cell, Plan, Samples
+from bench.real_stack import Served
+from bench.report import percentile
+from services.scheduler.simulation.arrivals import Arrival, make_arrivals
+
+LOADS: Final = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+"""Tried for the capacity, of the throughput with a standing backlog, until one can be carried."""
+
+CARRIED: Final = 3.0
+"""A load is carried where P95 latency stays within so many times the unloaded one."""
+
+Sample = dict[str, Any]
+
+
+class Stack(Protocol):
+    """The real services, or the simulator."""
+
+    def serve_by(self, policy: str) -> None:
+        """Serve by that policy from now on."""
+
+    def play(self, arrivals: Sequence[Arrival]) -> list[Served]:
+        """Serve every request at its time."""
+        ...
+
+    def play_within(
+        self, arrivals: Sequence[Arrival], *, limit_s: float, max_late: int
+    ) -> list[Served] | None:
+        """The same; None if more than `max_late` requests took more than `limit_s`."""
+        ...
+
+
+def measure(stack: Stack, cell: Cell, plan: Plan, samples: Samples) -> Sample:
+    """Of a stack that serves by the cell's contender already. samples: of earlier cells."""
+    match cell.kind:
+        case "throughput":
+            backlog = make_arrivals(
+                "backlog", rate=plan.num_in_backlog, duration_s=1, mix=plan.mix, seed=cell.seed
+            )
+            return _figures(stack.play(backlog))
+        case "unloaded":
+            return _unloaded(stack, cell, plan)
+        case "capacity":
+            return _capacity(stack, cell, plan, samples)
+        case _:
+            load = cell.load(samples)
+            return _figures(stack.play(_trace(plan, load, cell.seed))) | {"load_per_s": load}
+
+
+def _unloaded(stack: Stack, cell: Cell, plan: Plan) -> Sample:
+    """Requests of the mix, one after the other."""
+    served: list[Served] = []
+    for arrival in _trace(plan, 1.0, cell.seed)[: plan.num_unloaded]:
+        served += stack.play([replace(arrival, at_s=0.0)])
+    return _figures(served)
+
+
+def _capacity(stack: Stack, cell: Cell, plan: Plan, samples: Samples) -> Sample:
+    """The highest load of the list that is carried, and what was seen at each that was tried."""
+    throughput = mean(
+        samples[f"throughput/{seed}/{cell.contender}"]["throughput_per_s"] for seed in plan.seeds
+    )
+    limit_s = CARRIED * samples[f"unloaded/{cell.seed}/{cell.contender}"]["p95_s"]
+    tried = []
+    for share in LOADS:
+        load = share * throughput
+        trace = _trace(plan, load, cell.seed)
+        served = stack.play_within(trace, limit_s=limit_s, max_late=round(0.05 * len(trace)))
+        if served is None:
+            tried.append({"load_per_s": load, "is_carried": False})
+            continue
+        figures = _figures(served)
+        is_carried = figures["p95_s"] <= limit_s
+        tried.append({**figures, "load_per_s": load, "is_carried": is_carried})
+        if is_carried:
+            return {"capacity_per_s": load, "limit_s": limit_s, "tried": tried}
+    return {"capacity_per_s": 0.0, "limit_s": limit_s, "tried": tried}
+
+
+def _trace(plan: Plan, load_per_s: float, seed: int) -> list[Arrival]:
+    """So many Poisson arrivals, the same requests at every load."""
+    count = plan.num_requests
+    trace = make_arrivals(
+        "poisson", rate=1.0, duration_s=2.0 * count + 50, mix=plan.mix, seed=seed
+    )[:count]
+    return [replace(one, at_s=one.at_s / load_per_s) for one in trace]
+
+
+def _figures(served: list[Served]) -> Sample:
+    """Latencies of all; throughput of the middle, where the device is full; the raw samples."""
+    ordered = sorted(served, key=lambda one: one.finished_s)
+    first, last = len(ordered) // 6, len(ordered) - 1 - len(ordered) // 4
+    middle = ordered[first + 1 : last + 1]
+    span_s = ordered[last].finished_s - ordered[first].finished_s
+    latencies = [one.latency_s for one in served]
+    return {
+        "throughput_per_s": len(middle) / span_s if span_s > 0 else 0.0,
+        "rows_per_picture": mean(one.num_rows for one in middle) if middle else 0.0,
+        "mean_s": mean(latencies),
+        "p95_s": percentile(latencies, 0.95),
+        "p99_s": percentile(latencies, 0.99),
+        "served": [
+            (one.submitted_s, one.finished_s, one.num_steps, one.is_guided, one.num_skipped)
+            for one in served
+        ],
+    }

@@ -1,0 +1,33 @@
+"""The policies benchmark on the simulator: the same cells, without any worker."""
+
+from __future__ import annotations
+
+from bench.contenders import SYNERDIFF
+from bench.plan import PROFILE
+from bench.policies_cells import Cell, Plan
+from bench.policies_measure import measure
+from bench.simulated_stack import SimulatedStack
+from services.scheduler.profile_file import parse_profile
+from services.scheduler.simulation.arrivals import Mix
+
+
+def test_a_capacity_is_a_load_at_which_latencies_stay_near_the_unloaded_ones() -> None:
+    plan = Plan(
+        seeds=(0,),
+        contenders=(SYNERDIFF,),
+        num_requests=24,
+        num_in_backlog=16,
+        num_unloaded=6,
+        mix=Mix(num_steps=(4, 6, 8)),
+    )
+    stack = SimulatedStack(parse_profile(PROFILE.read_text()))
+    stack.serve_by(SYNERDIFF.policy)
+    samples = {}
+    for kind in ("throughput", "unloaded", "capacity"):
+        cell = Cell(kind=kind, seed=0, contender=SYNERDIFF.name)
+        samples[cell.name] = measure(stack, cell, plan, samples)
+    throughput, unloaded, capacity = samples.values()
+    assert 0 < capacity["capacity_per_s"] < throughput["throughput_per_s"]
+    carried = capacity["tried"][-1]
+    assert carried["p95_s"] <= capacity["limit_s"]
+    assert capacity["limit_s"] == 3 * unloaded["p95_s"]
