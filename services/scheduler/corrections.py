@@ -28,6 +28,8 @@ def note_slot(unet: UnetWorker, event: SlotDenoised, requests: Mapping[str, Requ
     if not rows:
         return
     _charge_slot(unet, event)
+    if slot.chunks and not slot.kind.chunks:
+        return  # chunks came while it ran: it was of neither kind
     kind = BESIDE if slot.kind.chunks else ALONE
     predicted_ms = unet.profile.slot_ms(slot.key.size, rows, slot.kind)[0]
     unet.drift = unet.drift.after(

@@ -97,6 +97,23 @@ def test_a_decode_that_comes_while_slots_are_in_flight_begins_beside_them() -> N
     assert grants[0].beside_seq == in_flight[0]
 
 
+def test_what_a_slot_took_beyond_its_plan_is_owed_by_the_next_ones() -> None:
+    world = World(policy="synerdiff", profiles=(roomy_profile(),))
+    world.start_worker("unet", "unet-0")
+    world.start_worker("vae", "vae-0")
+    world.submit(make_request("one", steps=50))
+    settle(world)
+    unet = next(iter(world.core.unets.values()))
+    first = unet.slots[0].seq
+    planned_ms = next(spent.ms for spent in unet.ledger if spent.seq == first)
+    world.drift = 10.0
+    world.run_slot(unet.info.incarnation)
+    settle(world)
+    spent_ms = next(spent.ms for spent in unet.ledger if spent.seq == first)
+    assert planned_ms == 20.0
+    assert spent_ms == 100.0
+
+
 def test_owners_take_turns_at_admission() -> None:
     world = a_world()
     for number in range(20):
