@@ -148,9 +148,14 @@ class UnetWorkerSettings(WorkerSettings):
 
 
 class VaeWorkerSettings(WorkerSettings):
-    """num_chunks: chunks a decode is cut into."""
+    """num_chunks: chunks a decode is cut into.
+
+    max_strip_fraction: layers that cost more than this share of a decode are cut into row strips,
+    which large pictures need where memory is short; 0 cuts along the layers only.
+    """
 
     num_chunks: int = Field(4, ge=1, le=64)
+    max_strip_fraction: float = Field(0.0, ge=0, le=1)
 
 
 S = TypeVar("S", bound=ServiceSettings)

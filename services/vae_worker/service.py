@@ -182,7 +182,10 @@ class VaeWorkerService:
                 self._decoder.vae,
                 latent_height,
                 latent_width,
-                granularity=Granularity(num_chunks=self._settings.num_chunks),
+                granularity=Granularity(
+                    num_chunks=self._settings.num_chunks,
+                    max_strip_fraction=self._settings.max_strip_fraction or None,
+                ),
             )
         return self._plans[size]
 
