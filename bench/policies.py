@@ -54,7 +54,7 @@ def run(  # noqa: PLR0917 - options of a command
     profile_path = simulated or REPORTS / f"policies_profile{suffix}.json"
     REPORTS.mkdir(exist_ok=True)
     if not simulated and (quick or not profile_path.exists()):
-        measure_profile(out=profile_path, repeats=2 if quick else 9)
+        measure_profile(out=profile_path, short=quick)
     profile = parse_profile(profile_path.read_text(), name=str(profile_path))
     repeated = [next_cells(plan, samples, only_missing=False)[cell]] if cell >= 0 else []
     num_measured = 0

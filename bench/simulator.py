@@ -40,7 +40,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="sd-bench-") as folder:
         path = profile or Path(folder) / "profile.json"
         if not profile:
-            measure_profile(out=path, repeats=2 if quick else 9)
+            measure_profile(out=path, short=quick)
         known = parse_profile(path.read_text(), name=str(path))
         capacity = min(_capacity(known, policy, mix, seed) for policy in POLICIES)
         cells = []

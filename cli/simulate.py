@@ -29,10 +29,8 @@ ASSUMED = Path("profiles/assumed/a100-sd15.json")
 
 THRESHOLD_RULES = {
     "stepwise": ThresholdRule(),
-    "stepwise, up to 1": ThresholdRule(max_value=1.0),
-    "stepwise, not smoothed": ThresholdRule(smoothing=1.0),
     "reversed": ThresholdRule(is_reversed=True),
-    "fixed at 0.8": ThresholdRule(is_adaptive=False),
+    "fixed at 0.85": ThresholdRule(is_adaptive=False, first_value=0.85),
     "fixed at 0.3": ThresholdRule(is_adaptive=False, first_value=0.3),
 }
 EXPERIMENTS = {"step": "load step of 3 x and back", "bursty": "bursts", "ramp": "slow ramp"}
