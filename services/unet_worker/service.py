@@ -6,17 +6,16 @@ import asyncio
 import time
 from collections import deque
 from functools import partial
-from typing import Any, cast
 
-import torch
 from redis.asyncio import Redis
 
-from services.unet_worker.denoiser import Admission, Denoiser, FinishedLatents, SlotResult
+from services.unet_worker.denoiser import Admission, Denoiser, SlotResult
+from services.unet_worker.hand_over import HandOver
 from services.unet_worker.isolation import run_isolated
 from services.unet_worker.model import DiffusionModel, load_model
 from services.unet_worker.resume import find_state, leave_state
 from services.unet_worker.samplers import DEFAULT_SAMPLER
-from shared import codec, keys, metrics
+from shared import keys, metrics
 from shared.cuda_ipc import gpu_ipc
 from shared.errors import ProtocolError, SynerDiffError
 from shared.logs import get_logger
@@ -25,7 +24,6 @@ from shared.messages import (
     BeginEpoch,
     DenoiseSlot,
     HeldRequest,
-    LatentsFinished,
     Message,
     ModelInfo,
     ReleaseLatents,
@@ -34,12 +32,10 @@ from shared.messages import (
     RequestFailed,
     RequestHandedBack,
     SlotDenoised,
-    TensorHandle,
     WorkerAnnounced,
     WorkerInfo,
 )
 from shared.settings import UnetWorkerSettings, available_threads
-from shared.tensor_bytes import dtype_name, pack_tensor
 from shared.tensor_pool import TensorPool
 from shared.worker import ComputeThread, WorkerLink, find_place
 from shared.worker_id import make_incarnation, make_worker_id
@@ -74,9 +70,7 @@ class UnetWorkerService:
         self._denoiser: Denoiser
         self._pool: TensorPool | None = None
         self._slots: deque[DenoiseSlot] = deque()
-        self._finished: dict[str, FinishedLatents] = {}
-        self._unpublished: deque[FinishedLatents] = deque()
-        self._handed_over: dict[tuple[int, int], LatentsFinished] = {}
+        self._hand_over: HandOver
         self._epoch = 0
 
     def stop(self) -> None:
@@ -90,7 +84,7 @@ class UnetWorkerService:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._link.run(info))
-                group.create_task(self._expire_latents())
+                group.create_task(self._hand_over.expire_until_stopped())
                 while not self._link.is_stopping:
                     await self._link.news()
                     await self._take_messages(group)
@@ -123,6 +117,7 @@ class UnetWorkerService:
                 timeout_s=settings.latents_ttl_s,
                 ipc=gpu_ipc(model.device),
             )
+        self._hand_over = HandOver(self._redis, self._link, settings, self._pool)
         place = find_place(
             model.device,
             device_group=settings.device_group,
@@ -181,15 +176,9 @@ class UnetWorkerService:
                 await self._admit(message)
             case ReleaseRequest(request_id=request_id, attempt=attempt):
                 self._denoiser.release(request_id, attempt)
-                finished = self._finished.get(request_id)
-                if finished and finished.attempt == attempt and finished in self._unpublished:
-                    self._unpublished.remove(finished)
-                    del self._finished[request_id]
-            case ReleaseLatents(slot=slot, generation=generation):
-                self._handed_over.pop((slot, generation), None)
-                if self._pool:
-                    self._pool.release(slot, generation)
-                self._hand_over_waiting(group)
+                self._hand_over.forget(request_id, attempt)
+            case ReleaseLatents():
+                self._hand_over.release(message, group)
             case BeginEpoch(epoch=epoch) if epoch > self._epoch:
                 self._epoch = epoch
                 self._slots.clear()
@@ -207,14 +196,14 @@ class UnetWorkerService:
                 num_forwards=0,
                 is_guided=True,
             )
-            for finished in self._finished.values()
+            for finished in self._hand_over.leaving
         ]
         self._link.post(
             WorkerAnnounced(
                 incarnation=self._link.incarnation,
                 epoch=self._epoch,
                 held=(*self._denoiser.held(), *leaving),
-                finished=tuple(self._handed_over.values()),
+                finished=self._hand_over.handed_over,
             )
         )
 
@@ -297,7 +286,7 @@ class UnetWorkerService:
 
     def _holds_anything(self) -> bool:
         """Whether somebody still needs this process: unfinished requests, uncommitted handles."""
-        return bool(self._denoiser.held() or self._finished or self._handed_over)
+        return bool(self._denoiser.held()) or not self._hand_over.is_over
 
     # --- slots ----------------------------------------------------------------------------------
 
@@ -329,9 +318,7 @@ class UnetWorkerService:
                 failures=result.failures,
             )
         )
-        self._finished.update({one.request_id: one for one in result.finished})
-        self._unpublished += result.finished
-        self._hand_over_waiting(group)
+        self._hand_over.add(result.finished, group)
 
     def _observe(self, result: SlotResult, duration_s: float) -> None:
         metrics.STEP_SECONDS.observe(duration_s)
@@ -339,69 +326,3 @@ class UnetWorkerService:
         for row in result.rows:
             if row.has_run:
                 metrics.FORWARDS.labels(guidance="skipped" if row.was_skipped else "full").inc()
-
-    def _hand_over_waiting(self, group: asyncio.TaskGroup) -> None:
-        """Hand finished latents over as far as the pool has room; the rest waits."""
-        while self._unpublished:
-            slot = None
-            if self._pool and self._unpublished[0].latents.nbytes <= self._pool.slot_bytes:
-                slot = self._pool.acquire()
-                if slot is None:
-                    return
-            group.create_task(self._hand_over(self._unpublished.popleft(), slot))
-
-    async def _hand_over(self, finished: FinishedLatents, slot: int | None) -> None:
-        latents = finished.latents
-        inline_key = ""
-        if slot is None or latents.nbytes <= self._settings.inline_copy_kb << 10:
-            inline_key = keys.latents(finished.request_id, finished.attempt)
-        if self._pool and slot is not None:
-            handle = await asyncio.to_thread(
-                self._pool.publish, slot, latents, now=time.monotonic(), inline_key=inline_key
-            )
-        else:
-            handle = TensorHandle(
-                kind="inline",
-                pool="",
-                owner=self._link.incarnation,
-                host="",
-                slot=-1,
-                generation=0,
-                shape=tuple(latents.shape),
-                dtype=dtype_name(latents.dtype),
-                inline_key=inline_key,
-            )
-        message = LatentsFinished(
-            incarnation=self._link.incarnation,
-            request_id=finished.request_id,
-            attempt=finished.attempt,
-            handle=handle,
-            skipped_steps=finished.skipped_steps,
-        )
-        if inline_key:
-            await self._leave_inline_copy(message, latents)
-        if handle.slot >= 0:
-            self._handed_over[(handle.slot, handle.generation)] = message
-        del self._finished[finished.request_id]
-        self._link.post(message)
-        self._link.nudge()
-
-    async def _leave_inline_copy(self, message: LatentsFinished, latents: torch.Tensor) -> None:
-        """So that no worker's death costs a finished denoising."""
-        key = message.handle.inline_key
-        async with self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.hset(key, mapping={"m": codec.encode(message), "data": pack_tensor(latents)})
-            pipeline.expire(key, self._settings.latents_ttl_s)
-            await cast("Any", pipeline.execute())
-
-    async def _expire_latents(self) -> None:
-        while not self._link.is_stopping:
-            if self._pool:
-                for handle in self._pool.expire(time.monotonic()):
-                    self._handed_over.pop((handle.slot, handle.generation), None)
-                    log.warning("latents expired", slot=handle.slot)
-                metrics.POOL_SLOTS.labels(state="free").set(self._pool.num_free)
-                metrics.POOL_SLOTS.labels(state="used").set(
-                    self._settings.pool_slots - self._pool.num_free
-                )
-            await asyncio.sleep(1.0)
