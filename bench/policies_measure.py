@@ -60,7 +60,8 @@ def _unloaded(stack: Stack, cell: Cell, plan: Plan) -> Sample:
     served: list[Served] = []
     for arrival in _trace(plan, 1.0, cell.seed)[: plan.num_unloaded]:
         served += stack.play([replace(arrival, at_s=0.0)])
-    return _figures(served)
+    figures = _figures(served)
+    return {name: value for name, value in figures.items() if name != "throughput_per_s"}
 
 
 def _capacity(stack: Stack, cell: Cell, plan: Plan, samples: Samples) -> Sample:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from services.scheduler.policy import Decode, GroupView
 from services.scheduler.profile import Profile
-from services.scheduler.state import Request, Stage, UnetWorker
+from services.scheduler.state import Request, SlotInFlight, Stage, UnetWorker
 from services.scheduler.threshold import Threshold
 from shared import messages
 
@@ -65,7 +65,7 @@ def make_info(kind: str, name: str, group: str, profile: Profile) -> messages.Wo
 def make_view(
     chance: random.Random, profile: Profile, num_active: int, num_decodes: int
 ) -> GroupView:
-    """A device in full swing: every request at some step, decodes at some chunk."""
+    """A device in full swing: a slot runs, every request is at some step, decodes at some chunk."""
     info = make_info("unet", "u", "g", profile)
     unet = UnetWorker(
         info=info, profile=profile, threshold=Threshold(value=chance.uniform(0.3, 0.95))
@@ -98,6 +98,16 @@ def make_view(
             Decode(request=request, num_chunks=8, chunk_ms=3.75, is_assigned=number < 2)  # noqa: PLR2004
         )
         request.granted_chunks = request.done_chunks = chance.randrange(8)
+    size = requests[0].batch_key.size
+    unet.slots.append(
+        SlotInFlight(
+            seq=1,
+            rows=(),
+            key=requests[0].batch_key,
+            kind=profile.alone_kind(size),
+            num_rows=profile.knee(size),
+        )
+    )
     return GroupView(unet=unet, requests=requests, decodes=decodes, num_waiting=8.0, now=100.0)
 
 

@@ -101,5 +101,5 @@ def static_batching(*, max_rows: int, skips: bool) -> WholeBatches:
 
 
 def dynamic_batching(*, max_rows: int, skips: bool) -> WholeBatches:
-    """Whatever has come within a short while."""
-    return WholeBatches(max_rows=max_rows, skips=skips, max_wait_s=0.05)
+    """Whatever is there when the device is free; waiting for more would cost an idle device."""
+    return WholeBatches(max_rows=max_rows, skips=skips, max_wait_s=0.0)
