@@ -210,6 +210,20 @@ def test_a_simulation_serves_everything_and_repeats_itself(policy: str) -> None:
     assert first == Simulation(profile, make_policy(policy), arrivals, settings).run().summary()
 
 
+def test_decodes_go_to_vae_workers_elsewhere_while_the_unet_goes_on() -> None:
+    arrivals = make_arrivals(
+        "poisson", rate=8.0, duration_s=2.0, mix=Mix(sizes=((64, 64), (64, 128))), seed=4
+    )
+    decode_s = {}
+    for elsewhere in (0, 2):
+        settings = SimulationSettings(vaes_elsewhere=elsewhere, jitter=0.0)
+        simulation = Simulation(roomy_profile(), make_policy("synerdiff"), arrivals, settings)
+        figures = simulation.run().summary()
+        assert figures["finished"] == len(arrivals)
+        decode_s[elsewhere] = figures["decode_latency_s"]["mean"]
+    assert decode_s[2] < decode_s[0]
+
+
 def test_a_trace_survives_its_file() -> None:
     arrivals = make_arrivals("bursty", rate=2.0, duration_s=20.0, mix=Mix(), seed=1)
     assert parse_trace(format_trace(arrivals)) == arrivals
