@@ -1,6 +1,6 @@
 """Foretells what a skip level does to recorded requests, without a single forward.
 
-The rule is the product's (`guidance.can_skip`, `extrapolation_weight`): it is replayed over the
+The rule is the product's (`guidance.can_skip`, `extrapolation_weights`): it is replayed over the
 recorded directions. Every estimate is a sum of directions, so all that is needed of them are their
 inner products. An error's effect on the final latents is taken to be the error times the gain of
 its step, and errors of one request add up as vectors: a first-order approximation, good to order
@@ -20,7 +20,7 @@ from services.unet_worker.guidance import (
     GuidanceRecord,
     SkipParameters,
     can_skip,
-    extrapolation_weight,
+    extrapolation_weights,
 )
 
 Floats = npt.NDArray[np.float64]
@@ -107,7 +107,7 @@ def _estimate(
     shares = np.zeros(num_steps)
     if record.full_steps:
         older, newest = record.full_steps[0], record.full_steps[-1]
-        weight = extrapolation_weight(parameters, record, step)
-        shares[newest] += 1 + weight
-        shares[older] -= weight
+        weights = extrapolation_weights(parameters, record, step)
+        shares[newest] += weights[0]
+        shares[older] += weights[1]
     return shares

@@ -51,13 +51,13 @@ def run(  # noqa: PLR0917 - options of a command
     sampler: str = "ddim",
     steps: Annotated[int, typer.Option(min=4)] = 25,
     guidance_scale: float = 5.0,
-    prompts: Annotated[int, typer.Option(min=8, help="Requests to tune on.")] = 32,
+    prompts: Annotated[int, typer.Option(min=8, help="Requests to tune on.")] = 24,
 ) -> dict[str, Any]:
     """Search for skip parameters at one sampler, number of steps and guidance scale.
 
     Returns, for each level, the parameters found and what they save and cost when drawn for real.
     """
-    count, num_candidates, num_drawn = (8, 60, 1) if quick else (prompts, 1500, NUM_DRAWN)
+    count, num_candidates, num_drawn = (8, 60, 1) if quick else (prompts, 800, NUM_DRAWN)
     cell = Cell(
         num_prompts=count,
         sampler=sampler,
@@ -145,6 +145,7 @@ def _random_parameters(rng: random.Random) -> SkipParameters:
         max_gap=rng.uniform(0.1, 0.3),
         max_error=rng.choice([1e9, 10 ** rng.uniform(-2, 0)]),
         slope=rng.uniform(0.4, 0.8),
+        decay=rng.uniform(0.0, 0.2),
         max_reach=rng.choice([1.0, 1.5, 2.0]),
     )
 
@@ -172,7 +173,7 @@ def _record(cases: Sequence[Case]) -> tuple[Replay, dict[str, float]]:
         decoder,
         EMBEDDED_MODEL,
         trajectories.first(NUM_GAIN_CASES),
-        level=replace(anywhere(balanced), slope=0.0),
+        level=replace(anywhere(balanced), slope=0.0, decay=0.0),
         steps=steps.tolist(),
     )
     return make_replay(trajectories, gains), compare_estimators(trajectories)

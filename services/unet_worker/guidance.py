@@ -31,8 +31,9 @@ class SkipParameters:
     trajectory must be followed by the next one within first_gap + gap_growth * u, and within
     max_gap. max_error: `guidance_error` of the extrapolation that is put up with; where a full step
     has measured it, it is taken to grow linearly with the distance. slope: share of the linear
-    extrapolation that is applied (0 reuses the last direction, 1 extrapolates fully). max_reach:
-    distance that is extrapolated over, in intervals between the last two full steps.
+    extrapolation that is applied (0 reuses the last direction, 1 extrapolates fully). decay: share
+    of the last direction that is lost meanwhile. max_reach: distance that both are applied over, in
+    intervals between the last two full steps.
     """
 
     warm_up: float
@@ -40,22 +41,24 @@ class SkipParameters:
     gap_growth: float
     max_gap: float
     max_error: float
-    slope: float = 0.5
-    max_reach: float = 1.0
+    slope: float = 0.48
+    decay: float = 0.11
+    max_reach: float = 1.5
 
 
 SKIP_LEVELS: Mapping[str, SkipParameters | None] = {
     "off": None,
-    # Full at steps 0 1 2 3 5 7 10 13 17 21 of 25.
+    # Full at steps 0 1 3 5 8 11 15 19 23 of 25.
     "balanced": SkipParameters(
-        warm_up=0.12, first_gap=0.052, gap_growth=0.25, max_gap=0.16, max_error=0.5
+        warm_up=0.07, first_gap=0.1, gap_growth=0.145, max_gap=0.167, max_error=0.5
     ),
-    # Full at steps 0 1 2 4 6 9 13 19 of 25.
+    # Full at steps 0 1 6 11 17 23 of 25.
     "fast": SkipParameters(
-        warm_up=0.08, first_gap=0.06, gap_growth=0.35, max_gap=0.24, max_error=1.0
+        warm_up=0.07, first_gap=0.208, gap_growth=0.128, max_gap=0.246, max_error=1.5
     ),
 }
-"""Levels by the name that a request's `guidance_skip` carries; to be calibrated per model."""
+"""Levels by the name that a request's `guidance_skip` carries, found by `bench skip_search` on the
+emoji model (docs/fidelity.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,15 +112,15 @@ def can_skip(
     return 0 < step_index - record.full_steps[-1] <= num_skippable(parameters, record, num_steps)
 
 
-def extrapolation_weight(
+def extrapolation_weights(
     parameters: SkipParameters, record: GuidanceRecord, step_index: int
-) -> float:
-    """The w in `extrapolate` for a step after the record's last full one."""
+) -> tuple[float, float]:
+    """The weights in `extrapolate` for a step after the record's last full one."""
     if len(record.full_steps) < 2:  # noqa: PLR2004
-        return 0.0
+        return 1.0, 0.0
     older, newest = record.full_steps
     reach = min((step_index - newest) / (newest - older), parameters.max_reach)
-    return parameters.slope * reach
+    return 1.0 + (parameters.slope - parameters.decay) * reach, -parameters.slope * reach
 
 
 def guide(
@@ -134,9 +137,9 @@ def guide_from_text(
     return noise_pred_text + (guidance_scale - 1.0) * direction
 
 
-def extrapolate(newest: torch.Tensor, older: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The direction newest + w (newest - older), shapes (rows, C, h, w) and w (rows, 1, 1, 1)."""
-    return newest + weight * (newest - older)
+def extrapolate(newest: torch.Tensor, older: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The direction w0 newest + w1 older, shapes (rows, C, h, w) and (2, rows, 1, 1, 1)."""
+    return weights[0] * newest + weights[1] * older
 
 
 def guidance_error(

@@ -11,10 +11,10 @@ import torch
 from services.unet_worker.coefficients import step_arguments
 from services.unet_worker.guidance import (
     extrapolate,
-    extrapolation_weight,
+    extrapolation_weights,
+    guidance_error,
     guide,
     guide_from_text,
-    guidance_error,
 )
 from services.unet_worker.latents import LatentPool, Resident
 from services.unet_worker.model import DiffusionModel
@@ -180,11 +180,11 @@ class Slot:
             resident = request.resident
             assert resident.skip_parameters is not None
             weights.append(
-                extrapolation_weight(
+                extrapolation_weights(
                     resident.skip_parameters, resident.guidance, resident.step_index
                 )
             )
-        return torch.tensor(weights, device=device).view(-1, 1, 1, 1)
+        return torch.tensor(weights, device=device).T.reshape(2, -1, 1, 1, 1)
 
     def _own_schedulers(self) -> list[tuple[int, Any, torch.Tensor]]:
         """(place, scheduler, timestep) of the requests whose sampler has no linear table."""

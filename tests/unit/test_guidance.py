@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ from services.unet_worker.guidance import (
     SkipParameters,
     can_skip,
     extrapolate,
-    extrapolation_weight,
+    extrapolation_weights,
+    guidance_error,
     guide,
     guide_from_text,
-    guidance_error,
     num_skippable,
 )
 
@@ -40,7 +41,7 @@ def _full_steps(parameters: SkipParameters, num_steps: int, error: float = 0.0) 
 
 
 def test_the_gaps_between_full_steps_grow_along_the_trajectory() -> None:
-    assert _full_steps(BALANCED, 25) == [0, 1, 2, 3, 5, 7, 10, 13, 17, 21]
+    assert _full_steps(BALANCED, 25) == [0, 1, 3, 5, 8, 11, 15, 19, 23]
 
 
 def test_a_request_whose_extrapolation_is_off_is_refreshed_more_often() -> None:
@@ -89,16 +90,16 @@ def test_an_error_that_is_not_finite_forbids_skipping() -> None:
     assert num_skippable(BALANCED, record, 25) == 0
 
 
-def test_the_extrapolation_reaches_at_most_one_interval() -> None:
+def test_the_extrapolation_reaches_at_most_so_many_intervals() -> None:
+    parameters = replace(BALANCED, slope=0.5, decay=0.1, max_reach=1.0)
     record = GuidanceRecord(full_steps=(7, 10))
-    weights = [
-        extrapolation_weight(BALANCED, record, step_index) for step_index in (11, 12, 13, 14)
-    ]
-    assert weights == pytest.approx([0.5 / 3, 1.0 / 3, 0.5, 0.5])
+    weights = [extrapolation_weights(parameters, record, step) for step in (11, 12, 13, 14)]
+    assert [newest for newest, _ in weights] == pytest.approx([1 + 0.4 / 3, 1 + 0.8 / 3, 1.4, 1.4])
+    assert [older for _, older in weights] == pytest.approx([-0.5 / 3, -1.0 / 3, -0.5, -0.5])
 
 
 def test_the_first_direction_is_reused_as_it_is() -> None:
-    assert extrapolation_weight(BALANCED, GuidanceRecord(full_steps=(0,)), 1) == 0.0
+    assert extrapolation_weights(BALANCED, GuidanceRecord(full_steps=(0,)), 1) == (1.0, 0.0)
 
 
 def test_guidance_from_the_text_row_alone_equals_full_guidance_where_the_direction_is_right() -> (
@@ -113,8 +114,9 @@ def test_guidance_from_the_text_row_alone_equals_full_guidance_where_the_directi
 def test_a_direction_that_changes_linearly_is_extrapolated_exactly_by_the_full_slope() -> None:
     start, change = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     older, newest, actual = start + 4 * change, start + 6 * change, start + 7 * change
-    weight = torch.tensor(1 / 2).view(-1, 1, 1, 1)
-    estimate = extrapolate(newest, older, weight)
+    straight = replace(BALANCED, slope=1.0, decay=0.0)
+    weights = extrapolation_weights(straight, GuidanceRecord(full_steps=(4, 6)), 7)
+    estimate = extrapolate(newest, older, torch.tensor(weights).view(2, 1, 1, 1, 1))
     torch.testing.assert_close(estimate, actual)
 
 

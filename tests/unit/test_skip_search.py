@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 NUM_STEPS, NUM_CASES = 25, 4
 BALANCED = SKIP_LEVELS["balanced"]
 assert BALANCED is not None
-STRAIGHT = replace(anywhere(BALANCED), slope=1.0, max_reach=100.0)
+STRAIGHT = replace(anywhere(BALANCED), slope=1.0, decay=0.0, max_reach=100.0)
 
 
 def _trajectories(power: int) -> Trajectories:
