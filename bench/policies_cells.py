@@ -74,9 +74,14 @@ class Cell:
 
 
 def best_of(contenders: Sequence[Contender], plan: Plan, samples: Samples) -> Contender:
-    """The one with the highest throughput, of those that take part."""
+    """The one with the highest capacity, of those that take part; by throughput without loads."""
     taking_part = [one for one in contenders if one in plan.contenders]
-    return max(taking_part, key=lambda one: throughput(one, plan, samples))
+
+    def order(one: Contender) -> tuple[float, float]:
+        capacity = samples.get(f"capacity/{plan.seeds[0]}/{one.name}", {"capacity_per_s": 0.0})
+        return float(capacity["capacity_per_s"]), throughput(one, plan, samples)
+
+    return max(taking_part, key=order)
 
 
 def throughput(contender: Contender, plan: Plan, samples: Samples) -> float:
@@ -102,16 +107,14 @@ def next_cells(plan: Plan, samples: Samples, *, only_missing: bool) -> list[Cell
 
 
 def _cells_at_loads(plan: Plan, samples: Samples) -> list[Cell]:
-    best = best_of(TUNED, plan, samples)
-    baselines = (NAIVE, best, best_of(EQUAL_SKIP, plan, samples))
-    compared = (*baselines, SYNERDIFF)
-    capacities = _capacities(compared, plan)
+    capacities = _capacities([one for one in plan.contenders if one not in WITHOUT], plan)
     if any(cell.name not in samples for cell in capacities):
         return capacities
+    best = best_of(TUNED, plan, samples)
     latencies = [
         Cell(kind="latency", seed=seed, contender=one.name, against=baseline.name)
         for seed in plan.seeds
-        for baseline in baselines
+        for baseline in (NAIVE, best, best_of(EQUAL_SKIP, plan, samples))
         for one in (baseline, SYNERDIFF)
     ]
     without_parts = [
@@ -119,8 +122,7 @@ def _cells_at_loads(plan: Plan, samples: Samples) -> list[Cell]:
         for seed in plan.seeds
         for one in WITHOUT
     ]
-    others = [one for one in plan.contenders if one not in compared]
-    return capacities + latencies + without_parts + _capacities(others, plan)
+    return capacities + latencies + without_parts
 
 
 def _capacities(contenders: Sequence[Contender], plan: Plan) -> list[Cell]:

@@ -57,21 +57,23 @@ def all_throughputs(plan: Plan) -> dict[str, dict[str, float]]:
     }
 
 
-def test_loads_are_measured_once_throughputs_have_told_which_baseline_is_best() -> None:
+def test_the_baseline_with_the_highest_capacity_sets_the_load() -> None:
     plan = Plan.full(0, num_seeds=2, num_requests=400)
     samples = all_throughputs(plan)
     assert len(samples) == 2 * len(plan.contenders)
-    best = best_of(TUNED, plan, samples)
-    assert best.name == "continuous-parallel"
+    assert best_of(TUNED, plan, samples).name == "continuous-parallel"
     following = next_cells(plan, samples, only_missing=True)
     assert {cell.kind for cell in following} == {"unloaded", "capacity"}
     capacities = {cell.name: {"capacity_per_s": 2.0} for cell in following}
+    capacities["capacity/0/dynamic"] = {"capacity_per_s": 2.5}
+    best = best_of(TUNED, plan, samples | capacities)
+    assert best.name == "dynamic"
     latencies = next_cells(plan, samples | capacities, only_missing=True)
     pairs = {(cell.contender, cell.against) for cell in latencies if cell.kind == "latency"}
     assert {(best.name, best.name), (SYNERDIFF.name, best.name)} < pairs
     loads = {cell.against: cell.load(samples | capacities) for cell in latencies if cell.against}
     assert loads[NAIVE.name] == 2.0
-    assert loads[best.name] == pytest.approx(1.8)
+    assert loads[best.name] == pytest.approx(2.25)
 
 
 def test_the_last_line_says_how_much_better_synerdiff_is_than_each_baseline() -> None:
