@@ -20,6 +20,7 @@ LATENT_CHANNELS = 8
 LATENT_SIZE = 16
 SCALE_FACTOR = PICTURE_SIZE // LATENT_SIZE
 WHOLE_PICTURES_FROM = 0.7  # of the training; crops before that
+MAX_LATENT_NOISE = 0.3  # standard deviation; latents have 1
 CROPS = ((64, 4), (64, 4), (96, 2), (PICTURE_SIZE, 1))  # (pixels, rows) of like cost, in turn
 
 
@@ -108,7 +109,8 @@ def train_decoder(
 ) -> AutoencoderKL:
     """Go on with the decoder alone, on fixed `latents` (N, 8, 16, 16), so no UNet must relearn.
 
-    Crops are cut from the latents of whole pictures, as they are at inference.
+    Crops are cut from the latents of whole pictures, as they are at inference, and made a little
+    noisy, as generated ones are: so the decoder learns to keep whites white and edges sharp.
     """
     vae.requires_grad_(requires_grad=False)
     vae.decoder.requires_grad_(requires_grad=True)
@@ -132,6 +134,8 @@ def train_decoder(
                 )
             ]
         )
+        noise = torch.randn(crops.shape, generator=draws.generator)
+        crops += MAX_LATENT_NOISE * draws.random.random() * noise
         reconstruction = vae.decode(crops.to(memory_format=torch.channels_last)).sample
         return reconstruction_loss(reconstruction, to_unit_range(pictures))
 
