@@ -139,8 +139,8 @@ class WorkerLink:
 
     @property
     def may_leave(self) -> bool:
-        """Whether nothing new comes: the scheduler has said so, or does not answer."""
-        return self._may_leave
+        """Whether nothing new comes, by the scheduler's word or its silence, and all is taken."""
+        return self._may_leave and not self.control and not self.work
 
     def drain(self) -> None:
         """Ask for nothing new; called again, stop at once."""

@@ -19,6 +19,7 @@ from shared import keys, messages
 from shared.settings import UnetWorkerSettings
 from shared.streams import Streams
 from shared.tensor_bytes import unpack_tensor
+from shared.worker import WorkerLink
 
 M = TypeVar("M", bound=messages.Message)
 ATTEMPT = "1-1"
@@ -211,3 +212,16 @@ async def test_draining_ends_in_time_whatever_is_left(
         await desk.denoise(0, "stuck")
         service.stop()
         await asyncio.wait_for(task, 20)
+
+
+async def test_nobody_may_leave_before_everything_that_came_is_taken(redis: Redis) -> None:
+    link = WorkerLink(redis, "w-1", heartbeat_ttl_ms=5_000, drain_timeout_s=0.1)
+    link.drain()
+    link.control.append(messages.LeaveWhenDone(epoch=EPOCH))
+    link.work.append(messages.BeginEpoch(epoch=EPOCH))
+    await link._stop_drained_late()
+    assert not link.may_leave
+    link.control.clear()
+    assert not link.may_leave
+    link.work.clear()
+    assert link.may_leave
