@@ -13,17 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import singledispatchmethod
 
-from services.scheduler.commands import Command, ForgetWorker
+from services.scheduler.commands import Command
 from services.scheduler.corrections import note_chunks, note_slot
 from services.scheduler.dispatch import Dispatch
 from services.scheduler.endings import Endings
 from services.scheduler.events import Event, RequestRecovered, Tick
+from services.scheduler.fleet import Fleet
 from services.scheduler.outbox import Outbox
 from services.scheduler.policy import Policy
-from services.scheduler.profile import Profile, matching_profile, profile_in_short
+from services.scheduler.profile import Profile
 from services.scheduler.state import Request, Stage, UnetWorker, VaeWorker
 from shared import messages
-from shared.messages import WorkerInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +68,14 @@ class Core:
             self.vaes,
             outbox=self._outbox,
             max_attempts=settings.max_attempts,
+        )
+        self._fleet = Fleet(
+            self.unets,
+            self.vaes,
+            policy=policy,
+            profiles=settings.profiles,
+            endings=self._endings,
+            outbox=self._outbox,
         )
 
     def on_event(self, event: Event, now: float) -> list[Command]:
@@ -129,41 +137,15 @@ class Core:
 
     @_handle.register
     def _on_registered(self, event: messages.WorkerRegistered) -> None:
-        info = event.worker
-        for known in self._infos():
-            if (known.worker_id, known.kind) == (info.worker_id, info.kind):
-                self._lose_worker(known.incarnation, forgets=known.incarnation != info.incarnation)
-        if info.kind == "unet":
-            self.unets[info.incarnation] = UnetWorker(
-                info=info,
-                profile=profile_in_short(info, ()),
-                threshold=self._policy.first_threshold(),
-            )
-        else:
-            self.vaes[info.incarnation] = VaeWorker(info=info)
-        self._choose_profiles(info.device_group)
-        begin = messages.BeginEpoch(epoch=self.epoch)
-        self._outbox.send(info.incarnation, "control", begin)
-
-    def _choose_profiles(self, device_group: str) -> None:
-        """The profiles of a device's UNet workers, now that who shares it has changed."""
-        beside = [v.info for v in self.vaes.values() if v.info.device_group == device_group]
-        for unet in self.unets.values():
-            if unet.info.device_group == device_group:
-                measured = matching_profile(self._settings.profiles, unet.info)
-                unet.use_profile(measured or profile_in_short(unet.info, beside))
+        self._fleet.register(event.worker)
 
     @_handle.register
     def _on_lost(self, event: messages.WorkerLost) -> None:
-        self._lose_worker(event.incarnation, forgets=True)
+        self._fleet.lose(event.incarnation, forgets=True)
 
     @_handle.register
     def _on_draining(self, event: messages.WorkerDraining) -> None:
-        worker = self.unets.get(event.incarnation) or self.vaes.get(event.incarnation)
-        if worker:
-            worker.is_draining = True
-            leave = messages.LeaveWhenDone(epoch=self.epoch)
-            self._outbox.send(event.incarnation, "control", leave)
+        self._fleet.drain(event.incarnation)
 
     @_handle.register
     def _on_handed_back(self, event: messages.RequestHandedBack) -> None:
@@ -261,12 +243,8 @@ class Core:
     def _on_chunks(self, event: messages.ChunksDecoded) -> None:
         request = self._current(event.request_id, event.attempt, Stage.DECODING)
         if request and request.vae == event.incarnation:
-            note_chunks(request, event, self._unets_beside(event.incarnation))
+            note_chunks(request, event, self._fleet.unets_beside(event.incarnation))
             request.done_chunks = max(request.done_chunks, event.chunks_done)
-
-    def _unets_beside(self, vae: str) -> list[UnetWorker]:
-        group = self.vaes[vae].info.device_group if vae in self.vaes else ""
-        return [unet for unet in self.unets.values() if unet.info.device_group == group]
 
     @_handle.register
     def _on_decoded(self, event: messages.ImageDecoded) -> None:
@@ -304,16 +282,6 @@ class Core:
     def _recovering(self, request_id: str, attempt: str) -> Request | None:
         return self._current(request_id, attempt, Stage.RECOVERING)
 
-    def _lose_worker(self, incarnation: str, *, forgets: bool) -> None:
-        if incarnation in self.unets:
-            self._endings.lose_unet(incarnation)
-        if incarnation in self.vaes:
-            device_group = self.vaes[incarnation].info.device_group
-            self._endings.lose_vae(incarnation)
-            self._choose_profiles(device_group)
-        if forgets:
-            self._outbox.add(ForgetWorker(incarnation=incarnation))
-
     def _drop(self, request_id: str, *, committed_by: str = "") -> None:
         """The request is final already."""
         request = self.requests.get(request_id)
@@ -347,8 +315,3 @@ class Core:
         request.unet = unet
         request.num_forwards = num_forwards
         request.is_guided = is_guided
-
-    def _infos(self) -> list[WorkerInfo]:
-        return [unet.info for unet in self.unets.values()] + [
-            vae.info for vae in self.vaes.values()
-        ]

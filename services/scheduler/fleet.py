@@ -1,0 +1,94 @@
+"""Which workers there are, and the profile that each UNet worker is planned by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from services.scheduler.commands import ForgetWorker
+from services.scheduler.endings import Endings
+from services.scheduler.outbox import Outbox
+from services.scheduler.policy import Policy
+from services.scheduler.profile import Profile, matching_profile, profile_in_short
+from services.scheduler.state import UnetWorker, VaeWorker
+from shared import messages
+from shared.messages import WorkerInfo
+
+
+class Fleet:
+    """How workers come and go; it shares the core's state.
+
+    Args:
+        unets, vaes: The core's own.
+        policy: Sets a new UNet worker's first threshold.
+        profiles: As measured ahead; workers that none was made for are profiled in short.
+        endings: What becomes of a lost worker's requests.
+        outbox: Where the messages go.
+    """
+
+    def __init__(
+        self,
+        unets: dict[str, UnetWorker],
+        vaes: dict[str, VaeWorker],
+        *,
+        policy: Policy,
+        profiles: Sequence[Profile],
+        endings: Endings,
+        outbox: Outbox,
+    ) -> None:
+        self._unets = unets
+        self._vaes = vaes
+        self._policy = policy
+        self._profiles = profiles
+        self._endings = endings
+        self._outbox = outbox
+
+    def register(self, info: WorkerInfo) -> None:
+        """A worker is there; whoever had its name is not any more."""
+        known = [unet.info for unet in self._unets.values()]
+        known += [vae.info for vae in self._vaes.values()]
+        for one in known:
+            if (one.worker_id, one.kind) == (info.worker_id, info.kind):
+                self.lose(one.incarnation, forgets=one.incarnation != info.incarnation)
+        if info.kind == "unet":
+            self._unets[info.incarnation] = UnetWorker(
+                info=info,
+                profile=profile_in_short(info, ()),
+                threshold=self._policy.first_threshold(),
+            )
+        else:
+            self._vaes[info.incarnation] = VaeWorker(info=info)
+        self._choose_profiles(info.device_group)
+        begin = messages.BeginEpoch(epoch=self._outbox.epoch)
+        self._outbox.send(info.incarnation, "control", begin)
+
+    def drain(self, incarnation: str) -> None:
+        """A worker wants to leave: nothing new goes to it."""
+        worker = self._unets.get(incarnation) or self._vaes.get(incarnation)
+        if worker:
+            worker.is_draining = True
+            leave = messages.LeaveWhenDone(epoch=self._outbox.epoch)
+            self._outbox.send(incarnation, "control", leave)
+
+    def lose(self, incarnation: str, *, forgets: bool) -> None:
+        """A worker is gone. forgets: and so is all that Redis has of it."""
+        if incarnation in self._unets:
+            self._endings.lose_unet(incarnation)
+        if incarnation in self._vaes:
+            device_group = self._vaes[incarnation].info.device_group
+            self._endings.lose_vae(incarnation)
+            self._choose_profiles(device_group)
+        if forgets:
+            self._outbox.add(ForgetWorker(incarnation=incarnation))
+
+    def unets_beside(self, vae: str) -> list[UnetWorker]:
+        """Those on the device of a VAE worker."""
+        group = self._vaes[vae].info.device_group if vae in self._vaes else ""
+        return [unet for unet in self._unets.values() if unet.info.device_group == group]
+
+    def _choose_profiles(self, device_group: str) -> None:
+        """Of a device's UNet workers, now that who shares it has changed."""
+        beside = [v.info for v in self._vaes.values() if v.info.device_group == device_group]
+        for unet in self._unets.values():
+            if unet.info.device_group == device_group:
+                measured = matching_profile(self._profiles, unet.info)
+                unet.use_profile(measured or profile_in_short(unet.info, beside))
