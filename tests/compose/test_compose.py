@@ -38,6 +38,12 @@ def limit_cpus(project: Project, service: str, cpus: str) -> None:
     run("docker", "update", "--cpus", cpus, *project.containers(service))
 
 
+def wait_until_denoising(project: Project) -> None:
+    (scheduler,) = project.containers("scheduler")
+    name = 'synerdiff_requests{state="denoising"}'
+    project.wait_until(lambda: project.metric(scheduler, name).total() > 0, "nothing is denoised")
+
+
 def seconds_for(project: Project, count: int) -> float:
     began = time.monotonic()
     project.generate_many(count, steps=1)
@@ -77,10 +83,10 @@ def test_vae_workers_are_scaled_on_their_own(project: Project) -> None:
 
 
 def test_a_unet_worker_is_restarted_under_load_and_goes_on_where_it_was(project: Project) -> None:
-    alone = project.generate(0, steps=20)
+    alone = project.generate(0, steps=50)
     with ThreadPoolExecutor(1) as thread:
-        under_way = thread.submit(project.generate_many, 12, steps=20)
-        time.sleep(2)
+        under_way = thread.submit(project.generate_many, 12, steps=50)
+        wait_until_denoising(project)
         project.compose("restart", "unet_worker")
         images = under_way.result()
     assert_same_picture(images[0], alone)
@@ -99,8 +105,8 @@ def test_a_service_is_restarted_under_load_unnoticed(project: Project, service: 
 
 def test_a_killed_worker_loses_nothing(project: Project) -> None:
     with ThreadPoolExecutor(1) as thread:
-        under_way = thread.submit(project.generate_many, 20)
-        time.sleep(1)
+        under_way = thread.submit(project.generate_many, 20, steps=50)
+        wait_until_denoising(project)
         project.compose("kill", "-s", "KILL", "unet_worker")
         project.up()
         under_way.result()
