@@ -126,9 +126,9 @@ def _cells_at_loads(plan: Plan, samples: Samples) -> list[Cell]:
 
 
 def _capacities(contenders: Sequence[Contender], plan: Plan) -> list[Cell]:
-    """Of the first seed: what a capacity is measured by, and the capacity."""
+    """Of the first seed: everybody's unloaded latencies, by which capacities are measured then."""
     return [
         Cell(kind=kind, seed=plan.seeds[0], contender=one.name)
-        for one in contenders
         for kind in _TO_CAPACITY
+        for one in contenders
     ]
