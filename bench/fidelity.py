@@ -46,7 +46,7 @@ class Cell:
     by the baselines, too; 0 for none.
     """
 
-    num_prompts: int = 24
+    num_prompts: int = 16
     num_seeds: int = 1
     sampler: str = "ddim"
     num_inference_steps: int = 25
