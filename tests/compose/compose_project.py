@@ -154,8 +154,8 @@ class Project:
         samples = Counter[str]()
         for line in text.splitlines():
             if line.startswith(name):
-                sample, value = line.removeprefix(name).rsplit(maxsplit=1)
-                samples[sample] += round(float(value))
+                sample, value = line.rsplit(maxsplit=1)
+                samples[sample.removeprefix(name)] += round(float(value))
         return samples
 
     def restarted_requests(self) -> int:
