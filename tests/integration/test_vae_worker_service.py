@@ -143,7 +143,9 @@ async def test_a_cancelled_decode_stops_within_one_chunk(
             await desk.tell(
                 messages.CancelDecode(epoch=EPOCH, request_id="cancelled", attempt=ATTEMPT)
             )
-            while not service._link.control:  # noqa: ASYNC110 - a plain deque
+            while not any(  # noqa: ASYNC110 - a plain deque
+                isinstance(message, messages.CancelDecode) for message in service._link.control
+            ):
                 await asyncio.sleep(0.01)
         may_go_on.set()
         done = await desk.hear(messages.ChunksDecoded)
