@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
+from image_parameters import PARAMETERS
 from tiny_model import load_reference_pipeline
 
 from services.unet_worker.denoiser import Denoiser, FinishedLatents
@@ -17,20 +18,6 @@ from services.unet_worker.samplers import DEFAULT_SAMPLER, SAMPLERS
 from shared.messages import ImageParameters, SlotRow
 
 ATTEMPT = "1-1"
-PARAMETERS = ImageParameters(
-    prompt="a red cat",
-    negative_prompt="",
-    seed=1,
-    height=64,
-    width=64,
-    num_inference_steps=6,
-    guidance_scale=5.0,
-    sampler="ddim",
-    guidance_skip="off",
-    output_format="png",
-    output_compression=0,
-    model="tiny",
-)
 
 
 def parameters(**changes: Any) -> ImageParameters:

@@ -6,25 +6,11 @@ import time
 
 import pytest
 from fake_backend import paint
+from image_parameters import PARAMETERS
 from redis.asyncio import Redis
 
-from shared.messages import GenerateImage, ImageDecoded, ImageParameters
+from shared.messages import GenerateImage, ImageDecoded
 from shared.records import Commit, JobRecord, Outcome, Records
-
-PARAMETERS = ImageParameters(
-    prompt="red apple",
-    negative_prompt="",
-    width=64,
-    height=64,
-    num_inference_steps=4,
-    guidance_scale=5.0,
-    seed=1,
-    sampler="ddim",
-    guidance_skip="off",
-    output_format="png",
-    output_compression=100,
-    model="emoji",
-)
 
 
 @pytest.fixture

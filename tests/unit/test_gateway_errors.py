@@ -3,12 +3,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from image_parameters import PARAMETERS
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError
 
 from services.gateway.http_errors import failure, from_exception
 from shared.errors import InvalidRequestError, OverloadedError
-from shared.messages import GenerateImage, ImageParameters
+from shared.messages import GenerateImage
 from shared.records import RequestRecord
 
 
@@ -49,20 +50,6 @@ def test_waits_are_rounded_up_to_seconds_and_exact_in_milliseconds() -> None:
 def test_a_failed_request_has_the_status_of_its_reason(
     code: str, status: int, can_retry: bool
 ) -> None:
-    parameters = ImageParameters(
-        prompt="x",
-        negative_prompt="",
-        seed=0,
-        height=8,
-        width=8,
-        num_inference_steps=1,
-        guidance_scale=1.0,
-        sampler="ddim",
-        guidance_skip="off",
-        output_format="png",
-        output_compression=100,
-        model="m",
-    )
     record = RequestRecord(
         request_id="img_1",
         state="failed",
@@ -78,7 +65,7 @@ def test_a_failed_request_has_the_status_of_its_reason(
             priority=0,
             deadline_ms=0,
             submitted_at=0.0,
-            parameters=parameters,
+            parameters=PARAMETERS,
         ),
         code=code,
         reason="Why.",
