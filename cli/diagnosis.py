@@ -15,6 +15,7 @@ import psutil
 from cli.embedded_redis import find_redis_binary
 from cli.machine import cpu_flags, has_fast_bfloat16, memory_bytes, shm_bytes
 from shared.errors import ConfigurationError
+from shared.host import has_mps
 from shared.settings import UnetWorkerSettings, available_threads
 
 Verdict = Literal["good", "limited", "missing"]
@@ -242,8 +243,7 @@ def check_gpu(gpu: Gpu, environment: os._Environ[str] | dict[str, str]) -> list[
         f"{environment.get('PYTORCH_ALLOC_CONF', '')}"
     )
     is_shareable = "expandable_segments:true" not in allocator.lower().replace(" ", "")
-    pipe_folder = Path(environment.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))  # noqa: S108
-    has_mps = (pipe_folder / "control").exists()
+    is_mps_client = has_mps(environment)
     return [
         *(
             Finding(subject=f"GPU {i}", value=name, verdict="good")
@@ -259,11 +259,11 @@ def check_gpu(gpu: Gpu, environment: os._Environ[str] | dict[str, str]) -> list[
         ),
         Finding(
             subject="CUDA MPS",
-            value="running" if has_mps else "not running",
-            verdict="good" if has_mps else "limited",
-            consequence="UNet and VAE can run side by side on one GPU"
-            if has_mps
-            else "processes take turns on a GPU: nothing runs side by side there",
+            value="running" if is_mps_client else "not running",
+            verdict="good" if is_mps_client else "limited",
+            consequence="UNet and VAE run side by side on one GPU"
+            if is_mps_client
+            else "processes take turns on a GPU: decodes run in gaps between the UNet's slots",
         ),
     ]
 

@@ -1,8 +1,11 @@
-"""Who shares what with whom: host and device identities, and the transport they allow."""
+"""Who shares what with whom: host and device identities, the transport they allow, and MPS."""
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
 
@@ -15,6 +18,7 @@ SHM_DIRECTORY: Final = Path("/dev/shm")  # noqa: S108 (the one place whose files
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _NAMESPACES: Final = Path("/proc/self/ns")
 _NAMESPACE_MARK: Final = "+"
+_MPS_FOLDER: Final = "/tmp/nvidia-mps"  # noqa: S108 (CUDA's default)
 
 
 def host_identity(
@@ -55,6 +59,22 @@ def device_identity(gpu_uuid: str = "", namespaces: Path = _NAMESPACES) -> str:
 def is_same_device(device: str, other: str) -> bool:
     """Whether two devices of one host are the same silicon, whoever may open whose memory."""
     return device.partition(_NAMESPACE_MARK)[0] == other.partition(_NAMESPACE_MARK)[0]
+
+
+def has_mps(environment: Mapping[str, str]) -> bool:
+    """Whether a CUDA process with this environment becomes a client of an MPS daemon.
+
+    It does if the daemon's socket `control` in CUDA_MPS_PIPE_DIRECTORY can be reached. A daemon
+    that was killed leaves the file behind. Asked with a type of socket that the daemon does not
+    speak, the kernel tells the two cases apart and the daemon hears nothing.
+    """
+    folder = environment.get("CUDA_MPS_PIPE_DIRECTORY") or _MPS_FOLDER
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(f"{folder}/control")
+        except OSError as error:
+            return error.errno == errno.EPROTOTYPE
+    return True
 
 
 def choose_transport(producer: WorkerInfo, consumer: WorkerInfo) -> Transport:

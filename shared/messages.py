@@ -147,7 +147,8 @@ class WorkerInfo:
     namespaces. threads: CPU threads it may use. max_requests: requests it can hold. model: from a
     UNet worker. step_ms: median slot time by rows, alone, at the default size. decode_ms: median
     whole decode, alone. num_chunks: chunks a decode is cut into. pool: its tensor pool's name,
-    empty if it has none.
+    empty if it has none. runs_side_by_side: whether its device computes for two processes at a
+    time; a GPU does only under MPS.
     """
 
     worker_id: str
@@ -165,6 +166,7 @@ class WorkerInfo:
     decode_ms: float = 0.0
     num_chunks: int = 1
     pool: str = ""
+    runs_side_by_side: bool = True
 
 
 # --- to the scheduler ----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from redis.asyncio import Redis
 
 from shared import codec, keys
 from shared.cuda_ipc import gpu_uuid
-from shared.host import device_identity, host_identity
+from shared.host import device_identity, has_mps, host_identity
 from shared.messages import (
     BeginEpoch,
     LeaveWhenDone,
@@ -46,6 +47,7 @@ class Place:
     host: str
     device: str
     device_group: str
+    runs_side_by_side: bool
 
 
 def find_place(device: torch.device, *, device_group: str = "", shares_host: bool = True) -> Place:
@@ -61,7 +63,21 @@ def find_place(device: torch.device, *, device_group: str = "", shares_host: boo
         host=host if shares_host else f"{host}-{socket.gethostname()}-{os.getpid()}",
         device=device_identity(uuid),
         device_group=device_group or f"{boot_id}/{uuid or 'cpu'}",
+        runs_side_by_side=device.type != "cuda" or has_mps(os.environ),
     )
+
+
+def sample_for(window_s: float, sample: Callable[[], T]) -> list[T]:
+    """What `sample` returns, called again until the time is over; at least once.
+
+    The first, which warms up, and the last, which outlasts the window, are left out where others
+    are left.
+    """
+    ends_at = time.perf_counter() + window_s
+    samples = [sample()]
+    while time.perf_counter() < ends_at:
+        samples.append(sample())
+    return samples[1:-1] or samples[1:] or samples
 
 
 class ComputeThread:

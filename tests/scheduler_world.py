@@ -7,7 +7,7 @@ attempt. Everything that happens is a method, so that a test can choose the orde
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from services.scheduler.commands import BeginAttempt, Command, FailRequest, ForgetWorker, Send
 from services.scheduler.core import Core, CoreSettings
@@ -220,14 +220,19 @@ class World:
 
     # --- what happens to workers ---
 
-    def start_worker(self, kind: str, worker_id: str, *, group: str = "g") -> None:
+    def start_worker(
+        self, kind: str, worker_id: str, *, group: str = "g", runs_side_by_side: bool = True
+    ) -> None:
         """A worker process begins; one of the same name is gone then."""
         self.num_incarnations += 1
         incarnation = f"{worker_id}-{self.num_incarnations}"
         for workers in (self.unets, self.vaes):
             for name in [n for n, w in workers.items() if w.info.worker_id == worker_id]:
                 del workers[name]
-        info = make_worker(kind, worker_id, incarnation, group=group)
+        info = replace(
+            make_worker(kind, worker_id, incarnation, group=group),
+            runs_side_by_side=runs_side_by_side,
+        )
         if kind == "unet":
             self.unets[incarnation] = FakeUnet(info)
         else:

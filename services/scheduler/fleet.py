@@ -71,12 +71,13 @@ class Fleet:
 
     def lose(self, incarnation: str, *, forgets: bool) -> None:
         """A worker is gone. forgets: and so is all that Redis has of it."""
+        worker = self._unets.get(incarnation) or self._vaes.get(incarnation)
         if incarnation in self._unets:
             self._endings.lose_unet(incarnation)
         if incarnation in self._vaes:
-            device_group = self._vaes[incarnation].info.device_group
             self._endings.lose_vae(incarnation)
-            self._choose_profiles(device_group)
+        if worker:
+            self._choose_profiles(worker.info.device_group)
         if forgets:
             self._outbox.add(ForgetWorker(incarnation=incarnation))
 
@@ -86,9 +87,15 @@ class Fleet:
         return [unet for unet in self._unets.values() if unet.info.device_group == group]
 
     def _choose_profiles(self, device_group: str) -> None:
-        """Of a device's UNet workers, now that who shares it has changed."""
-        beside = [v.info for v in self._vaes.values() if v.info.device_group == device_group]
-        for unet in self._unets.values():
-            if unet.info.device_group == device_group:
-                measured = matching_profile(self._profiles, unet.info)
-                unet.use_profile(measured or profile_in_short(unet.info, beside))
+        """Of a device's UNet workers, now that who shares it has changed.
+
+        Where one of its workers shares the device by turns, nothing is planned beside a slot.
+        """
+        unets = [one for one in self._unets.values() if one.info.device_group == device_group]
+        vaes = [one.info for one in self._vaes.values() if one.info.device_group == device_group]
+        workers = [*(unet.info for unet in unets), *vaes]
+        takes_turns = not all(one.runs_side_by_side for one in workers)
+        for unet in unets:
+            measured = matching_profile(self._profiles, unet.info)
+            profile = measured or profile_in_short(unet.info, vaes)
+            unet.use_profile(profile.without_slots_beside() if takes_turns else profile)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import fmean, median
 
@@ -191,6 +191,10 @@ class Profile:
     def beside_kinds(self, key: str) -> tuple[SlotKind, ...]:
         """The kinds with chunks beside the slot."""
         return tuple(kind for kind in self.kinds(key) if kind.chunks)
+
+    def without_slots_beside(self) -> Profile:
+        """The same of a device that computes for one process at a time."""
+        return replace(self, slots=tuple(one for one in self.slots if not one.kind.chunks))
 
     def slot_ms(self, key: str, rows: int, kind: SlotKind) -> tuple[float, float]:
         """Durations of the forward and of the kind's chunks beside it (0 for none)."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -79,9 +80,11 @@ def test_expandable_segments_break_sharing_a_gpu(tmp_path: Path) -> None:
     }
     verdicts = {found.subject: found.verdict for found in diagnosis.check_gpu(gpu, environment)}
     assert verdicts == {"GPU 0": "good", "CUDA IPC": "missing", "CUDA MPS": "limited"}
-    (tmp_path / "control").touch()
     del environment["PYTORCH_CUDA_ALLOC_CONF"]
-    assert {found.verdict for found in diagnosis.check_gpu(gpu, environment)} == {"good"}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as mps_daemon:
+        mps_daemon.bind(str(tmp_path / "control"))
+        mps_daemon.listen()
+        assert {found.verdict for found in diagnosis.check_gpu(gpu, environment)} == {"good"}
 
 
 def test_a_model_folder_that_lacks_a_part_is_told_which(tmp_path: Path) -> None:

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 from shared.errors import ConfigurationError
 from shared.host import (
     choose_transport,
     device_identity,
+    has_mps,
     host_identity,
     is_same_device,
 )
 from shared.messages import WorkerInfo
+from shared.worker import find_place
 
 GPU = "cuda:aaaa+1.2"
 
@@ -84,3 +88,33 @@ def test_a_gpu_is_openable_only_within_its_namespaces(tmp_path: Path) -> None:
     assert not is_same_device(device, device_identity("bbbb", tmp_path / "a"))
     assert device == device_identity("aaaa", tmp_path / "a")
     assert device_identity() == "cpu"
+
+
+def test_only_a_daemon_that_lives_makes_mps_clients(tmp_path: Path) -> None:
+    environment = {"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)}
+    assert not has_mps(environment)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as daemon:
+        daemon.bind(str(tmp_path / "control"))
+        daemon.listen()
+        daemon.setblocking(False)
+        assert has_mps(environment)
+        with pytest.raises(BlockingIOError):
+            daemon.accept()
+    assert (tmp_path / "control").exists()
+    assert not has_mps(environment)
+    (tmp_path / "control").unlink()
+    (tmp_path / "control").touch()
+    assert not has_mps(environment)
+
+
+@pytest.mark.parametrize(("device", "is_alone"), [("cpu", False), ("cuda", True)])
+def test_a_worker_says_whether_its_device_runs_others_beside_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, is_alone: bool
+) -> None:
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr("shared.worker.gpu_uuid", lambda _: "aaaa")
+    assert find_place(torch.device(device)).runs_side_by_side is not is_alone
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as daemon:
+        daemon.bind(str(tmp_path / "control"))
+        daemon.listen()
+        assert find_place(torch.device(device)).runs_side_by_side

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from scheduler_world import World, make_request
 
@@ -75,10 +77,13 @@ def roomy_profile() -> Profile:
     )
 
 
-def test_a_decode_that_comes_while_slots_are_in_flight_begins_beside_them() -> None:
-    world = World(policy="synerdiff", profiles=(roomy_profile(),))
-    world.start_worker("unet", "unet-0")
-    world.start_worker("vae", "vae-0")
+def sent(world: World, kind: type[messages.Message]) -> list[Any]:
+    said = [getattr(one, "message", None) for _, _, commands in world.log for one in commands]
+    return [message for message in said if isinstance(message, kind)]
+
+
+def until_a_decode_comes(world: World) -> list[int]:
+    """Numbers of the slots in flight then; one long request keeps the UNet busy."""
     world.submit(make_request("short", steps=1))
     world.submit(make_request("long", steps=50))
     settle(world)
@@ -86,15 +91,45 @@ def test_a_decode_that_comes_while_slots_are_in_flight_begins_beside_them() -> N
     while not any(vae.decodes for vae in world.vaes.values()):
         world.run_slot(unet)
         settle(world)
-    in_flight = [slot.seq for slot in world.unets[unet].slots]
-    grants = [
-        command.message
-        for _, _, commands in world.log
-        for command in commands
-        if isinstance(getattr(command, "message", None), messages.GrantChunks)
-    ]
+    return [slot.seq for slot in world.unets[unet].slots]
+
+
+def test_a_decode_that_comes_while_slots_are_in_flight_begins_beside_them() -> None:
+    world = World(policy="synerdiff", profiles=(roomy_profile(),))
+    world.start_worker("unet", "unet-0")
+    world.start_worker("vae", "vae-0")
+    in_flight = until_a_decode_comes(world)
+    grants = sent(world, messages.GrantChunks)
     assert sum(grant.chunks for grant in grants) == 4
     assert grants[0].beside_seq == in_flight[0]
+
+
+@pytest.mark.parametrize("policy", ["synerdiff", "synerdiff-without-planning"])
+def test_where_a_device_runs_one_process_at_a_time_decodes_go_into_gaps(policy: str) -> None:
+    world = World(policy=policy, profiles=(roomy_profile(),))
+    world.start_worker("unet", "unet-0", runs_side_by_side=False)
+    world.start_worker("vae", "vae-0")
+    in_flight = until_a_decode_comes(world)
+    world.run_until_quiet()
+    assert world.final == {"short": "done", "long": "done"}
+    assert {slot.kind for slot in sent(world, messages.DenoiseSlot)} == {"alone"}
+    first = sent(world, messages.GrantChunks)[0]
+    assert first.beside_seq not in in_flight
+
+
+def test_one_worker_of_a_device_that_takes_turns_is_enough_for_all_until_it_leaves() -> None:
+    world = World(policy="synerdiff", profiles=(roomy_profile(),))
+    world.start_worker("unet", "unet-0")
+    world.start_worker("vae", "vae-0")
+    world.start_worker("vae", "vae-1", runs_side_by_side=False)
+    world.start_worker("vae", "vae-2", group="other device", runs_side_by_side=False)
+    settle(world)
+    (unet,) = world.core.unets.values()
+    assert not unet.profile.beside_kinds("64x64")
+    (turns,) = [name for name in world.vaes if name.startswith("vae-1")]
+    world.kill_worker(turns)
+    settle(world)
+    assert unet.profile.beside_kinds("64x64")
 
 
 def test_what_a_slot_took_beyond_its_plan_is_owed_by_the_next_ones() -> None:
