@@ -24,7 +24,6 @@ from shared.messages import (
     BeginEpoch,
     DenoiseSlot,
     HeldRequest,
-    MeasureSlot,
     Message,
     ModelInfo,
     ReleaseLatents,
@@ -33,7 +32,6 @@ from shared.messages import (
     RequestFailed,
     RequestHandedBack,
     SlotDenoised,
-    SlotMeasured,
     WorkerAnnounced,
     WorkerInfo,
 )
@@ -177,8 +175,6 @@ class UnetWorkerService:
         match message:
             case AdmitRequest() if message.epoch >= self._epoch:
                 await self._admit(message)
-            case MeasureSlot() if message.epoch >= self._epoch:
-                await self._measure(message)
             case ReleaseRequest(request_id=request_id, attempt=attempt):
                 self._denoiser.release(request_id, attempt)
                 self._hand_over.forget(request_id, attempt)
@@ -324,28 +320,6 @@ class UnetWorkerService:
             )
         )
         self._hand_over.add(result.finished, group)
-
-    async def _measure(self, command: MeasureSlot) -> None:
-        """Time dummy rows; no request is touched."""
-        measure = partial(
-            self._denoiser.measure_for,
-            command.window_ms / 1000,
-            rows=command.rows,
-            size=(command.height, command.width),
-        )
-        try:
-            step_ms = await self._compute.run(measure, threads=command.threads)
-        except (RuntimeError, MemoryError) as error:
-            log.warning("not measured", rows=command.rows, error=repr(error))
-            step_ms = 0.0
-        self._link.post(
-            SlotMeasured(
-                incarnation=self._link.incarnation,
-                epoch=command.epoch,
-                number=command.number,
-                step_ms=step_ms,
-            )
-        )
 
     def _observe(self, result: SlotResult, duration_s: float) -> None:
         metrics.STEP_SECONDS.observe(duration_s)
