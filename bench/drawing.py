@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from services.unet_worker.denoiser import Denoiser, FinishedLatents
-from services.unet_worker.guidance import SkipParameters
 from services.unet_worker.model import DiffusionModel
 from services.vae_worker.model import Decoder
+from shared.guidance_skip import SkipParameters
 from shared.messages import HeldRequest, ImageParameters, SlotRow
 
 MAX_DRAWINGS = 32

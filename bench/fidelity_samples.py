@@ -14,9 +14,9 @@ from torch import Tensor
 from bench.drawing import Case, Drawing, Studio, anywhere
 from bench.picture_metrics import foreground_psnr_db, gmsd, psnr_db, ssim
 from cli.stack import EMBEDDED_MODEL
-from services.unet_worker.guidance import SKIP_LEVELS, SkipParameters
 from services.unet_worker.model import load_model
 from services.vae_worker.model import load_decoder
+from shared.guidance_skip import SKIP_LEVELS, SkipParameters
 from training.retrieval import REFERENCE_SIZE, References, load_references
 
 LEVELS = tuple(name for name, parameters in SKIP_LEVELS.items() if parameters)

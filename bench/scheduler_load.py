@@ -7,9 +7,13 @@ from collections.abc import Iterable
 
 from services.scheduler.policy import Decode, GroupView
 from services.scheduler.profile import Profile
+from services.scheduler.simulation.worker_info import unet_info, vae_info
 from services.scheduler.state import Request, SlotInFlight, Stage, UnetWorker
 from services.scheduler.threshold import Threshold
 from shared import messages
+
+MAX_REQUESTS = 2_048
+"""Resident at a worker, so that nothing but the scheduler sets the pace."""
 
 
 def make_request(
@@ -41,32 +45,11 @@ def make_request(
     )
 
 
-def make_info(kind: str, name: str, group: str, profile: Profile) -> messages.WorkerInfo:
-    """A worker of that profile's device."""
-    decode = profile.decode(profile.slots[0].key)
-    return messages.WorkerInfo(
-        worker_id=name,
-        incarnation=name,
-        kind=kind,
-        device_group=group,
-        host="h",
-        device=profile.device,
-        dtype=profile.dtype,
-        threads=profile.threads,
-        max_requests=2_048 if kind == "unet" else 0,
-        model_id=profile.model_id,
-        step_ms=dict(profile.slots[0].step_ms) if kind == "unet" else {},
-        decode_ms=sum(decode.chunk_ms) if decode else 1.0,
-        num_chunks=len(decode.chunk_ms) if decode else 1,
-        pool="p",
-    )
-
-
 def make_view(
     chance: random.Random, profile: Profile, num_active: int, num_decodes: int
 ) -> GroupView:
     """A device in full swing: a slot runs, every request is at some step, decodes at some chunk."""
-    info = make_info("unet", "u", "g", profile)
+    info = unet_info(profile, group="g")
     unet = UnetWorker(
         info=info, profile=profile, threshold=Threshold(value=chance.uniform(0.3, 0.95))
     )
@@ -77,7 +60,7 @@ def make_view(
             request=make_request(number, profile, steps=steps, guided=chance.random() < 0.8),  # noqa: PLR2004
             stage=Stage.DENOISING,
             attempt="1-1",
-            unet="u",
+            unet=info.incarnation,
             num_forwards=steps,
         )
         request.is_guided = request.request.parameters.guidance_scale > 1
@@ -116,8 +99,8 @@ class EchoGroup:
 
     def __init__(self, number: int, profile: Profile) -> None:
         group = f"g{number}"
-        self.unet = make_info("unet", f"{group}-unet", group, profile)
-        self.vae = make_info("vae", f"{group}-vae", group, profile)
+        self.unet = unet_info(profile, group=group, max_requests=MAX_REQUESTS)
+        self.vae = vae_info(profile, group=group, number=0)
         self._held: dict[str, tuple[int, int]] = {}
         self._decodes: dict[str, int] = {}
 
@@ -192,9 +175,9 @@ class EchoGroup:
     def _latents(self, row: messages.SlotRow) -> messages.LatentsFinished:
         handle = messages.TensorHandle(
             kind="shm",
-            pool="p",
+            pool=self.unet.pool,
             owner=self.unet.incarnation,
-            host="h",
+            host=self.unet.host,
             slot=0,
             generation=1,
             shape=(1, 4, 64, 64),

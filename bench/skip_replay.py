@@ -16,12 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.trajectories import Trajectories
-from services.unet_worker.guidance import (
-    GuidanceRecord,
-    SkipParameters,
-    can_skip,
-    extrapolation_weights,
-)
+from services.unet_worker.guidance import GuidanceRecord, can_skip, extrapolation_weights
+from shared.guidance_skip import SkipParameters
 
 Floats = npt.NDArray[np.float64]
 

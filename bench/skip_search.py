@@ -2,7 +2,7 @@
 
 On the references that `bench fidelity` does not report on: requests are recorded in full, thousands
 of parameters are replayed over the records (`skip_replay`), and the best of them are drawn for
-real. What it finds is written into `guidance.SKIP_LEVELS` by hand.
+real. What it finds is written into `shared.guidance_skip` by hand.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from bench.skip_estimators import compare_estimators
 from bench.skip_replay import Replay, join, make_replay, replay
 from bench.trajectories import measure_gains, record
 from cli.stack import EMBEDDED_MODEL
-from services.unet_worker.guidance import SKIP_LEVELS, SkipParameters
 from services.unet_worker.model import load_model
 from services.vae_worker.model import load_decoder
+from shared.guidance_skip import SKIP_LEVELS, SkipParameters
 from shared.settings import available_threads
 from training.retrieval import load_references
 

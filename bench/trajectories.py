@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.drawing import Case, Drawing, Studio
-from services.unet_worker.guidance import SkipParameters
 from services.unet_worker.model import DiffusionModel
 from services.vae_worker.model import Decoder
+from shared.guidance_skip import SkipParameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

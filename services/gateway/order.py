@@ -14,11 +14,12 @@ from services.gateway.validation import (
     unknown_fields,
 )
 from shared.errors import InvalidRequestError
+from shared.guidance_skip import SKIP_LEVELS
 from shared.messages import ImageParameters, ModelInfo
 from shared.settings import GatewaySettings
 
+_LEVELS = tuple(SKIP_LEVELS)
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
-_SKIP_LEVELS = ("off", "balanced", "fast")  # the exact one first
 _WITHOUT_EFFECT = ("quality", "style", "complexity")
 
 
@@ -71,7 +72,7 @@ def limits_of(model: ModelInfo, settings: GatewaySettings) -> Limits:
         default_sampler=wanted if wanted in model.samplers else model.default_sampler,
         default_guidance_scale=settings.default_guidance_scale,
         default_guidance_skip=min(
-            settings.default_guidance_skip, settings.max_guidance_skip, key=_SKIP_LEVELS.index
+            settings.default_guidance_skip, settings.max_guidance_skip, key=_LEVELS.index
         ),
         max_guidance_skip=settings.max_guidance_skip,
         wanted_steps=settings.default_steps,
@@ -191,7 +192,7 @@ def _choose_skip(body: GenerationBody, limits: Limits) -> str:
     """
     default = "off" if body.seed is not None else limits.default_guidance_skip
     asked = body.guidance_skip or default
-    return min(asked, limits.max_guidance_skip, key=_SKIP_LEVELS.index)
+    return min(asked, limits.max_guidance_skip, key=_LEVELS.index)
 
 
 def _warn(body: GenerationBody, limits: Limits, output_format: str) -> tuple[str, ...]:

@@ -17,48 +17,11 @@ is that of adaptive step sizes of differential equations.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SkipParameters:
-    """One level of adaptive skip-CFG; lengths are fractions of the trajectory.
-
-    warm_up: full steps at the beginning. first_gap, gap_growth: a full step at fraction u of the
-    trajectory must be followed by the next one within first_gap + gap_growth * u, and within
-    max_gap. max_error: `guidance_error` of the extrapolation that is put up with; where a full step
-    has measured it, it is taken to grow linearly with the distance. slope: share of the linear
-    extrapolation that is applied (0 reuses the last direction, 1 extrapolates fully). decay: share
-    of the last direction that is lost meanwhile. max_reach: distance that both are applied over, in
-    intervals between the last two full steps.
-    """
-
-    warm_up: float
-    first_gap: float
-    gap_growth: float
-    max_gap: float
-    max_error: float
-    slope: float = 0.48
-    decay: float = 0.11
-    max_reach: float = 1.5
-
-
-SKIP_LEVELS: Mapping[str, SkipParameters | None] = {
-    "off": None,
-    # Full at steps 0 1 3 5 8 11 15 19 23 of 25.
-    "balanced": SkipParameters(
-        warm_up=0.07, first_gap=0.1, gap_growth=0.145, max_gap=0.167, max_error=0.5
-    ),
-    # Full at steps 0 1 6 11 17 23 of 25.
-    "fast": SkipParameters(
-        warm_up=0.07, first_gap=0.208, gap_growth=0.128, max_gap=0.246, max_error=1.5
-    ),
-}
-"""Levels by the name that a request's `guidance_skip` carries, found by `bench skip_search` on the
-emoji model (docs/fidelity.md)."""
+from shared.guidance_skip import SkipParameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,18 +52,10 @@ def num_skippable(parameters: SkipParameters, record: GuidanceRecord, num_steps:
     """How many steps in a row may be skipped right after the record's last full step."""
     if len(record.full_steps) < 2:  # noqa: PLR2004
         return 0
-    last = record.full_steps[-1]
-    if last + 1 < parameters.warm_up * num_steps:
-        return 0
-    gap = min(
-        parameters.first_gap * num_steps + parameters.gap_growth * last,
-        parameters.max_gap * num_steps,
-    )
-    by_gap = math.floor(gap + 1e-9) - 1
+    by_gap = parameters.steps_in_gap(record.full_steps[-1], num_steps)
     if record.error <= 0:
-        return max(by_gap, 0)
-    by_error = math.floor(parameters.max_error * record.distance / record.error)
-    return max(min(by_gap, by_error), 0)
+        return by_gap
+    return min(by_gap, math.floor(parameters.max_error * record.distance / record.error))
 
 
 def can_skip(

@@ -16,12 +16,12 @@ import torch
 from services.unet_worker.coefficients import COLUMNS, CoefficientTable
 from services.unet_worker.guidance import (
     GuidanceRecord,
-    SkipParameters,
     can_skip,
     num_skippable,
 )
 from services.unet_worker.model import DiffusionModel
 from shared.errors import OverloadedError, ProtocolError
+from shared.guidance_skip import SkipParameters
 from shared.messages import ImageParameters
 
 _MIN_POOL_ROWS = 2

@@ -19,16 +19,12 @@ from denoising import (
 )
 
 from services.unet_worker.denoiser import Denoiser
-from services.unet_worker.guidance import (
-    SKIP_LEVELS,
-    GuidanceRecord,
-    SkipParameters,
-    extrapolation_weights,
-)
+from services.unet_worker.guidance import GuidanceRecord, extrapolation_weights
 from services.unet_worker.latents import LatentPool
 from services.unet_worker.model import load_model
 from services.unet_worker.samplers import SAMPLERS
 from shared.errors import ConfigurationError, InvalidRequestError, OverloadedError, ProtocolError
+from shared.guidance_skip import SKIP_LEVELS, SkipParameters
 from shared.messages import SlotRow
 
 torch.set_num_threads(1)

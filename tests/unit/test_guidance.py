@@ -12,9 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.unet_worker.guidance import (
-    SKIP_LEVELS,
     GuidanceRecord,
-    SkipParameters,
     can_skip,
     extrapolate,
     extrapolation_weights,
@@ -23,6 +21,7 @@ from services.unet_worker.guidance import (
     guide_from_text,
     num_skippable,
 )
+from shared.guidance_skip import SKIP_LEVELS, SkipParameters
 
 torch.set_num_threads(1)
 

@@ -15,10 +15,20 @@ from services.scheduler.profile import (
     SlotTiming,
     profile_in_short,
 )
-from services.scheduler.simulation.arrivals import Mix, format_trace, make_arrivals, parse_trace
+from services.scheduler.simulation.arrivals import (
+    Arrival,
+    Mix,
+    format_trace,
+    make_arrivals,
+    parse_trace,
+)
 from services.scheduler.simulation.simulator import Simulation, SimulationSettings
+from services.scheduler.simulation.unet import Resident
 from services.scheduler.threshold import Stretches, Threshold, ThresholdRule
+from services.unet_worker.guidance import GuidanceRecord, can_skip
 from shared import messages
+from shared.errors import ConfigurationError
+from shared.guidance_skip import SKIP_LEVELS
 
 
 def a_world(policy: str = "synerdiff", options: PolicyOptions | None = None) -> World:
@@ -262,6 +272,28 @@ def test_decodes_go_to_vae_workers_elsewhere_while_the_unet_goes_on() -> None:
 def test_a_trace_survives_its_file() -> None:
     arrivals = make_arrivals("bursty", rate=2.0, duration_s=20.0, mix=Mix(), seed=1)
     assert parse_trace(format_trace(arrivals)) == arrivals
+
+
+def test_a_trace_with_a_misspelt_skip_level_names_its_line() -> None:
+    arrivals = make_arrivals("backlog", rate=2.0, duration_s=1.0, mix=Mix(), seed=1)
+    trace = format_trace(arrivals).replace("balanced", "balancd", 2).replace("balancd", "off", 1)
+    with pytest.raises(ConfigurationError, match=r"line 2: .*balancd.*off, balanced, fast"):
+        parse_trace(trace)
+
+
+def test_a_simulated_worker_keeps_the_real_gaps_between_full_steps() -> None:
+    level = SKIP_LEVELS["balanced"]
+    assert level is not None
+    resident = Resident(arrival=Arrival(at_s=0.0, num_steps=25), attempt="1-1")
+    record, full_steps, simulated_full_steps = GuidanceRecord(), [], []
+    for step_index in range(25):
+        if not can_skip(level, record, step_index, 25):
+            record = record.after_full_step(step_index, 0.0)
+            full_steps.append(step_index)
+        is_skipped = resident.skip_steps > 0
+        simulated_full_steps += [] if is_skipped else [step_index]
+        resident.advance(was_skipped=is_skipped)
+    assert simulated_full_steps == full_steps
 
 
 def test_a_serial_decode_is_granted_all_its_chunks_once() -> None:

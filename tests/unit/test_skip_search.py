@@ -11,7 +11,7 @@ from bench.drawing import Case, anywhere
 from bench.skip_estimators import compare_estimators
 from bench.skip_replay import join, make_replay, replay
 from bench.trajectories import Trajectories
-from services.unet_worker.guidance import SKIP_LEVELS
+from shared.guidance_skip import SKIP_LEVELS
 
 torch.set_num_threads(1)
 

@@ -9,13 +9,18 @@ from dataclasses import asdict, dataclass
 from math import pi, sin
 
 from shared.errors import ConfigurationError
+from shared.guidance_skip import SKIP_LEVELS
 
 PATTERNS = ("poisson", "bursty", "step", "ramp", "wave", "backlog")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """One request. at_s: after the start. guidance_scale above 1 makes every step two rows."""
+    """One request. at_s: after the start. guidance_scale above 1 makes every step two rows.
+
+    Raises:
+        ValueError: There is no such level of `guidance_skip`.
+    """
 
     at_s: float
     num_steps: int = 25
@@ -25,6 +30,13 @@ class Arrival:
     width: int = 0
     owner: str = ""
     deadline_ms: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what a person may have misspelt in a trace."""
+        if self.guidance_skip not in SKIP_LEVELS:
+            raise ValueError(
+                f"guidance_skip {self.guidance_skip!r} should be one of {', '.join(SKIP_LEVELS)}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

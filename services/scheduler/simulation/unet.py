@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from services.scheduler.simulation.arrivals import Arrival
 from services.scheduler.simulation.device import FORWARD, Device
 from services.scheduler.simulation.rates import Rates, slot_rates
-from services.scheduler.simulation.skip_patterns import SKIP_PATTERNS
 from services.scheduler.simulation.world import World
 from shared import messages
+from shared.guidance_skip import SKIP_LEVELS
 
 MEASURED_SKIP_ERROR = 0.3
 """What every request reports of its guidance's error; the real ones differ."""
@@ -35,10 +35,10 @@ class Resident:
     @property
     def skip_steps(self) -> int:
         """How many steps in a row may be skipped from the next one on."""
-        pattern = SKIP_PATTERNS.get(self.arrival.guidance_skip)
-        if pattern is None or not self.is_guided or self.last_full < 0:
+        level = SKIP_LEVELS[self.arrival.guidance_skip]
+        if level is None or not self.is_guided:
             return 0
-        allowed = pattern.steps_allowed(self.last_full, self.arrival.num_steps)
+        allowed = level.steps_in_gap(self.last_full, self.arrival.num_steps)
         return max(allowed - (self.step - self.last_full) + 1, 0)
 
     def will_skip(self, row: messages.SlotRow) -> bool:

@@ -1,4 +1,4 @@
-"""What simulated workers say of themselves, from the profile."""
+"""What workers that are only simulated say of themselves, from the profile."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ MAX_REQUESTS = 64
 """Resident at a UNet worker, as the real one has it by default."""
 
 
-def unet_info(profile: Profile, *, group: str) -> messages.WorkerInfo:
+def unet_info(
+    profile: Profile, *, group: str, max_requests: int = MAX_REQUESTS
+) -> messages.WorkerInfo:
     """The UNet worker of a device group."""
-    return _info("unet", f"{group}-unet", group, profile)
+    return _info("unet", f"{group}-unet", group, profile, max_requests)
 
 
 def vae_info(profile: Profile, *, group: str, number: int) -> messages.WorkerInfo:
     """A VAE worker on a device."""
-    return _info("vae", f"{group}-vae-{number}", group, profile)
+    return _info("vae", f"{group}-vae-{number}", group, profile, max_requests=0)
 
 
-def _info(kind: str, name: str, group: str, profile: Profile) -> messages.WorkerInfo:
+def _info(
+    kind: str, name: str, group: str, profile: Profile, max_requests: int
+) -> messages.WorkerInfo:
     key = profile.slots[0].key
     height, _, width = key.partition("x")
     decode = profile.decode(key)
@@ -45,7 +49,7 @@ def _info(kind: str, name: str, group: str, profile: Profile) -> messages.Worker
         device=profile.device,
         dtype=profile.dtype,
         threads=profile.threads,
-        max_requests=MAX_REQUESTS if kind == "unet" else 0,
+        max_requests=max_requests,
         model_id=profile.model_id,
         model=model if kind == "unet" else None,
         step_ms=dict(profile.slots[0].step_ms) if kind == "unet" else {},
