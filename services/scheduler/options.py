@@ -124,9 +124,10 @@ def slot_options(
     )
     for count in counts:
         kinds[count] = durations.beside(size, rows, count, weight)[0]
+        # Where chunks seem to make a slot faster, that is noise of the measuring.
         beside_ms = {
-            skips: durations.beside(size, rows - skips, count, weight)[1] * beside
-            for skips in skips_on_offer
+            skips: max(durations.beside(size, rows - skips, count, weight)[1] * beside, ms)
+            for skips, ms in alone_ms.items()
         }
         options += _unbeaten(
             Option(

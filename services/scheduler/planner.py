@@ -54,8 +54,8 @@ class Option:
 class Problem:
     """What is to be planned.
 
-    stages: each with at least one option that takes no chunk. remaining: chunks left of each
-    pending decode, in the order of service, all positive. budget_ms: for all stages together.
+    stages: each with an option that takes no chunk, and none is shorter. remaining: chunks left of
+    each pending decode, in the order of service, all positive. budget_ms: for all stages together.
     tail_ms: at best for one chunk after the last stage. tail_price: of each chunk left then.
     must_grant: an overdue decode: the first stage that offers chunks takes some.
     """

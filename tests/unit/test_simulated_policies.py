@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
 from bench.contenders import SYNERDIFF
 from bench.plan import PROFILE
 from bench.policies_cells import Cell, Plan
 from bench.policies_measure import measure
 from bench.simulated_stack import SimulatedStack
 from services.scheduler.profile_file import parse_profile
-from services.scheduler.simulation.arrivals import Mix
+from services.scheduler.simulation.arrivals import Mix, make_arrivals
 
 
 def test_a_capacity_is_a_load_at_which_latencies_stay_near_the_unloaded_ones() -> None:
@@ -31,3 +35,19 @@ def test_a_capacity_is_a_load_at_which_latencies_stay_near_the_unloaded_ones() -
     carried = capacity["tried"][-1]
     assert carried["p95_s"] <= capacity["limit_s"]
     assert capacity["limit_s"] == 3 * unloaded["p95_s"]
+
+
+@pytest.mark.parametrize("policy", ["synerdiff", "synerdiff-without-planning"])
+def test_a_profile_in_which_chunks_make_slots_faster_is_served_by(policy: str) -> None:
+    """Measured profiles are noisy: then running out of chunks must not leave a slot no option."""
+    measured = parse_profile(PROFILE.read_text())
+    slots = [
+        replace(one, step_ms={rows: 0.5 * ms for rows, ms in one.step_ms.items()})
+        if one.kind.chunks
+        else one
+        for one in measured.slots
+    ]
+    stack = SimulatedStack(replace(measured, slots=tuple(slots)))
+    stack.serve_by(policy)
+    arrivals = make_arrivals("poisson", rate=2.5, duration_s=20, mix=Mix(num_steps=(4, 8)), seed=1)
+    assert len(stack.play(arrivals)) == len(arrivals)
