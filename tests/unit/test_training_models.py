@@ -20,7 +20,7 @@ from training.emoji_set import load_emoji_set
 from training.loop import Draws, LoopSettings, cosine_rate, train
 from training.retrieval import REFERENCE_SIZE, References, load_references, shrink
 from training.tokenizer import tokenize, train_tokenizer
-from training.vae import LATENT_CHANNELS, build_vae, fold_normalisation
+from training.vae import LATENT_CHANNELS, build_vae, fold_normalisation, sharpness_loss
 
 
 def settings(steps: int) -> LoopSettings:
@@ -64,6 +64,16 @@ def test_folded_normalisation_gives_the_normalised_latents_and_the_same_pictures
         torch.testing.assert_close(after.std, before.std / std.view(shape), rtol=1e-4, atol=1e-5)
         # Padding sees another value at the border than before: none here, the layer is 1x1.
         torch.testing.assert_close(vae.decode(after.mean).sample, decoded, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sharp_edge_two_pixels_off_costs_less_sharpness_than_a_blur_between_the_two() -> None:
+    picture = torch.ones(1, 3, 64, 64)
+    picture[..., 33:] = -1
+    shifted = torch.ones(1, 3, 64, 64)
+    shifted[..., 35:] = -1
+    blur = (picture + shifted) / 2
+    assert sharpness_loss(picture, picture) == 0
+    assert sharpness_loss(shifted, picture) < 0.5 * sharpness_loss(blur, picture)
 
 
 def test_training_resumed_ends_where_training_in_one_go_ends(tmp_path: Path) -> None:
