@@ -16,6 +16,7 @@ from bench.report import machine
 from bench.side_by_side import Chunks, Forward, Pair, running_pair
 from bench.skip_levels import measure_skip_levels
 from cli.stack import EMBEDDED_MODEL
+from services.scheduler.measurements import BESIDE_CHUNKS, BESIDE_ROWS, thread_splits
 from services.scheduler.profile import (
     ASSUMED_SKIP_LEVELS,
     DecodeTiming,
@@ -30,8 +31,6 @@ from shared.device import choose_device, choose_dtype
 from shared.settings import available_threads
 
 ROWS = (1, 2, 4, 6, 8, 12, 16)
-BESIDE_ROWS = (2, 4, 8, 16)
-BESIDE_CHUNKS = (1, 2, 4, 8)
 SHORT_ROWS = (1, 2, 4, 8, 16)
 SHORT_REPEATS = 3
 
@@ -47,14 +46,6 @@ class Measurements:
     beside_chunks: Samples = field(default_factory=dict)
     decode: dict[int, list[tuple[float, ...]]] = field(default_factory=dict)
     encode: list[float] = field(default_factory=list)
-
-
-def thread_splits(threads: int) -> list[tuple[int, int]]:
-    """(UNet, VAE) thread counts worth trying side by side: one to half of the cores to decodes."""
-    if threads <= 1:
-        return [(1, 1)]
-    shares = sorted({1, max(1, threads // 4), threads // 2})
-    return [(threads - share, share) for share in shares]
 
 
 def measure(

@@ -33,6 +33,10 @@ SCHEDULER_LEASE: Final = "sd:scheduler:lease"
 STATUS: Final = "sd:status"
 """msgpack map of the scheduler's queue figures. Rewritten every second; expires within seconds."""
 
+PROFILES: Final = "sd:profiles"
+"""Hash of profiles measured while serving, as JSON, by model, dtype, device and threads. Written by
+the scheduler, read at its start; expires a week after the last."""
+
 WORKERS: Final = "sd:workers"
 """Set of the incarnations that have registered; the scheduler removes the lost ones."""
 

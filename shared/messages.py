@@ -307,6 +307,26 @@ class ImageDecoded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SlotMeasured:
+    """The answer to `MeasureSlot`. step_ms: median forward, 0 where it could not be run."""
+
+    incarnation: str
+    epoch: int
+    number: int
+    step_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunksMeasured:
+    """The answer to `MeasureChunks`. chunk_ms: median of each chunk; none if it could not run."""
+
+    incarnation: str
+    epoch: int
+    number: int
+    chunk_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HandleLost:
     """Neither the handle nor the inline copy could be read: the request starts again."""
 
@@ -361,6 +381,23 @@ class DenoiseSlot:
     kind: str
     threads: int
     rows: tuple[SlotRow, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureSlot:
+    """Time forwards of dummy rows, one after another for `window_ms`; at least one.
+
+    number: of the measurement, for the answer. height, width: pixels. threads: as in `DenoiseSlot`.
+    Nothing else is asked of the worker meanwhile.
+    """
+
+    epoch: int
+    number: int
+    height: int
+    width: int
+    rows: int
+    threads: int
+    window_ms: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -419,6 +456,18 @@ class GrantChunks:
     threads: int
     beside_seq: int = 0
     pool: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureChunks:
+    """Time decodes of dummy latents, chunk by chunk, as `MeasureSlot` does forwards."""
+
+    epoch: int
+    number: int
+    height: int
+    width: int
+    threads: int
+    window_ms: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -488,12 +537,22 @@ ToScheduler = (
     | LatentsFinished
     | ChunksDecoded
     | ImageDecoded
+    | SlotMeasured
+    | ChunksMeasured
     | HandleLost
     | RequestFailed
 )
 ToUnetWorker = (
-    AdmitRequest | DenoiseSlot | ReleaseRequest | ReleaseLatents | BeginEpoch | LeaveWhenDone
+    AdmitRequest
+    | DenoiseSlot
+    | MeasureSlot
+    | ReleaseRequest
+    | ReleaseLatents
+    | BeginEpoch
+    | LeaveWhenDone
 )
-ToVaeWorker = DecodeLatents | GrantChunks | CancelDecode | BeginEpoch | LeaveWhenDone
+ToVaeWorker = (
+    DecodeLatents | GrantChunks | MeasureChunks | CancelDecode | BeginEpoch | LeaveWhenDone
+)
 ToGateway = RequestsProgressed | RequestFinished
 Message = ToScheduler | ToUnetWorker | ToVaeWorker | ToGateway

@@ -55,6 +55,12 @@ THRESHOLD = Gauge(
     ["device_group"],
     multiprocess_mode="mostrecent",
 )
+PROFILE_COMPLETE = Gauge(
+    "synerdiff_profile_complete",
+    "Whether slots beside decode chunks are known, by device",
+    ["device_group"],
+    multiprocess_mode="mostrecent",
+)
 WORKERS = Gauge(
     "synerdiff_workers", "Registered workers by kind", ["kind"], multiprocess_mode="mostrecent"
 )

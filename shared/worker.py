@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,19 @@ def find_place(device: torch.device, *, device_group: str = "", shares_host: boo
         device_group=device_group or f"{boot_id}/{uuid or 'cpu'}",
         runs_side_by_side=device.type != "cuda" or has_mps(os.environ),
     )
+
+
+def sample_for(window_s: float, sample: Callable[[], T]) -> list[T]:
+    """What `sample` returns, called again until the time is over; at least once.
+
+    The first, which warms up, and the last, which outlasts the window, are left out where others
+    are left.
+    """
+    ends_at = time.perf_counter() + window_s
+    samples = [sample()]
+    while time.perf_counter() < ends_at:
+        samples.append(sample())
+    return samples[1:-1] or samples[1:] or samples
 
 
 class ComputeThread:

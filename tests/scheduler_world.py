@@ -332,6 +332,16 @@ class World:
                 )
             case messages.DenoiseSlot() if message.epoch >= unet.epoch:
                 unet.slots.append(message)
+            case messages.MeasureSlot():
+                assert not unet.slots, "measured while a slot waits"
+                self.mail.append(
+                    messages.SlotMeasured(
+                        incarnation=unet.info.incarnation,
+                        epoch=message.epoch,
+                        number=message.number,
+                        step_ms=unet.info.step_ms.get(message.rows, 80.0) * 2 / message.threads,
+                    )
+                )
             case messages.ReleaseRequest(request_id=request_id, attempt=attempt):
                 if unet.held.get(request_id, ("",))[0] == attempt:
                     del unet.held[request_id]
@@ -433,6 +443,16 @@ class World:
                 if known and known.command.attempt == message.attempt:
                     known.granted += message.chunks
                     assert known.granted <= vae.info.num_chunks
+            case messages.MeasureChunks():
+                assert not self.decodable(vae.info.incarnation), "measured while chunks wait"
+                self.mail.append(
+                    messages.ChunksMeasured(
+                        incarnation=vae.info.incarnation,
+                        epoch=message.epoch,
+                        number=message.number,
+                        chunk_ms=(10.0 / message.threads,) * vae.info.num_chunks,
+                    )
+                )
             case messages.CancelDecode(request_id=request_id, attempt=attempt):
                 known = vae.decodes.get(request_id)
                 if known and known.command.attempt == attempt:

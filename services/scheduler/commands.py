@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from services.scheduler.profile import Profile
 from shared.messages import Message, RequestProgress
 
 Lane = Literal["work", "control"]
@@ -58,4 +59,13 @@ class ForgetWorker:
     incarnation: str
 
 
-Command = Send | BeginAttempt | RestartRequest | FailRequest | ReportProgress | ForgetWorker
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepProfile:
+    """A profile was measured while serving; the next scheduler is to have it."""
+
+    profile: Profile
+
+
+Command = (
+    Send | BeginAttempt | RestartRequest | FailRequest | ReportProgress | ForgetWorker | KeepProfile
+)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import singledispatchmethod
 
+from services.scheduler.calibration import Calibration
 from services.scheduler.commands import Command
 from services.scheduler.corrections import note_chunks, note_slot
 from services.scheduler.dispatch import Dispatch
@@ -77,6 +78,14 @@ class Core:
             endings=self._endings,
             outbox=self._outbox,
         )
+        self._calibration = Calibration(
+            self.requests,
+            self.unets,
+            self.vaes,
+            fleet=self._fleet,
+            outbox=self._outbox,
+            is_wanted=policy.plans_overlap,
+        )
 
     def on_event(self, event: Event, now: float) -> list[Command]:
         """What is to be done about an event, in order."""
@@ -90,7 +99,7 @@ class Core:
             if self._is_recovering:
                 self._end_recovery_when_due(now)
         if not self._is_recovering:
-            self._dispatch.run(now)
+            self._dispatch.run(now, resting=self._calibration.run(now))
         return self._outbox.take()
 
     def count_stages(self) -> Counter[str]:
@@ -250,6 +259,14 @@ class Core:
     def _on_decoded(self, event: messages.ImageDecoded) -> None:
         # The commit has made it final, whichever worker it came from.
         self._drop(event.request_id, committed_by=event.incarnation)
+
+    @_handle.register
+    def _on_slot_measured(self, event: messages.SlotMeasured) -> None:
+        self._calibration.note_slot(event)
+
+    @_handle.register
+    def _on_chunks_measured(self, event: messages.ChunksMeasured) -> None:
+        self._calibration.note_chunks(event)
 
     @_handle.register
     def _on_handle_lost(self, event: messages.HandleLost) -> None:

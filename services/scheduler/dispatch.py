@@ -49,8 +49,11 @@ class Dispatch:
         self._next_seq = outbox.epoch
         self._next_attempt = 1
 
-    def run(self, now: float) -> None:
-        """Admit, assign, plan and grant whatever can be."""
+    def run(self, now: float, *, resting: frozenset[str] = frozenset()) -> None:
+        """Admit, assign, plan and grant whatever can be.
+
+        resting: device groups that are to compute nothing more for now.
+        """
         self._admit_waiting(now)
         self._assign_decodes(now)
         waiting: dict[str, int] = {}
@@ -65,6 +68,8 @@ class Dispatch:
             elif request.stage is Stage.LATENTS:
                 pending.append(request)
         for name, unet in self._unets.items():
+            if unet.info.device_group in resting:
+                continue
             num_waiting = waiting.get(unet.info.model_id, 0) / max(len(self._unets), 1)
             self._plan(unet, residents[name], pending, num_waiting, now)
         self._grant_off_device()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from services.scheduler.commands import ForgetWorker
+from services.scheduler.commands import ForgetWorker, KeepProfile
+from services.scheduler.drift import Drift
 from services.scheduler.endings import Endings
 from services.scheduler.outbox import Outbox
 from services.scheduler.policy import Policy
@@ -38,7 +39,7 @@ class Fleet:
         self._unets = unets
         self._vaes = vaes
         self._policy = policy
-        self._profiles = profiles
+        self._profiles = tuple(profiles)
         self._endings = endings
         self._outbox = outbox
 
@@ -81,6 +82,16 @@ class Fleet:
         if forgets:
             self._outbox.add(ForgetWorker(incarnation=incarnation))
 
+    def adopt(self, incarnation: str, profile: Profile) -> None:
+        """Plan a UNet worker by what was measured with it, and others that it fits."""
+        unet = self._unets[incarnation]
+        unet.calibrated = profile
+        unet.drift = Drift()
+        self._profiles = (*self._profiles, profile)
+        for device_group in {one.info.device_group: None for one in self._unets.values()}:
+            self._choose_profiles(device_group)
+        self._outbox.add(KeepProfile(profile=profile))
+
     def unets_beside(self, vae: str) -> list[UnetWorker]:
         """Those on the device of a VAE worker."""
         group = self._vaes[vae].info.device_group if vae in self._vaes else ""
@@ -96,6 +107,6 @@ class Fleet:
         workers = [*(unet.info for unet in unets), *vaes]
         takes_turns = not all(one.runs_side_by_side for one in workers)
         for unet in unets:
-            measured = matching_profile(self._profiles, unet.info)
+            measured = unet.calibrated or matching_profile(self._profiles, unet.info)
             profile = measured or profile_in_short(unet.info, vaes)
             unet.use_profile(profile.without_slots_beside() if takes_turns else profile)

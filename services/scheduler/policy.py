@@ -108,11 +108,17 @@ WAIT = Plan()
 class Policy(Protocol):
     """One way to serve.
 
-    admission_factor: resident rows may reach this many knees.
+    admission_factor: resident rows may reach this many knees. plans_overlap: it weighs slots beside
+    chunks, so that a profile which knows none is worth measuring them.
     """
 
     @property
     def admission_factor(self) -> int:
+        """See the class."""
+        ...
+
+    @property
+    def plans_overlap(self) -> bool:
         """See the class."""
         ...
 
@@ -143,6 +149,11 @@ class WithoutThreshold:
     def admission_factor(self) -> int:
         """So that a full slot never waits for a prompt."""
         return 2
+
+    @property
+    def plans_overlap(self) -> bool:
+        """What runs side by side is not weighed."""
+        return False
 
     def first_threshold(self) -> Threshold:
         """One that nobody asks for."""

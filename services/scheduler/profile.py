@@ -1,8 +1,9 @@
 """What a device can do with a model: how long each kind of slot and each decode chunk takes.
 
 A profile is a value. It is measured ahead by `synerdiff profile` (real processes side by side), or
-made in short from what workers say of themselves, or written down as an assumption; `source` tells
-which. `profile_file` reads and writes it. What is measured while serving goes to `drift`.
+made in short from what workers say of themselves and then completed by `calibration`, or written
+down as an assumption; `source` tells which. `profile_file` reads and writes it. What slots take
+while serving goes to `drift`.
 
 Words:
     key: "HEIGHTxWIDTH" in pixels of the picture.
@@ -109,8 +110,9 @@ class Profile:
     device: "cpu" or "cuda", as a worker's device begins. threads: CPU threads of the device, 0
     where it has none to share. encode_ms: a guided request's text encoding, alone. source:
     "measured", "short" (what workers measured at their start: nothing is known of slots beside
-    chunks, so none are offered, as if sharing the device gained nothing) or "assumed". notes: what
-    it was measured on or taken from, by name.
+    chunks, so none are offered, as if sharing the device gained nothing), "calibrated" (what they
+    then measured side by side while serving) or "assumed". notes: what it was measured on or taken
+    from, by name.
 
     Raises:
         ValueError: No slot alone is timed, or a duration is not positive.

@@ -16,6 +16,7 @@ from services.scheduler.commands import (
     Command,
     FailRequest,
     ForgetWorker,
+    KeepProfile,
     ReportProgress,
     RestartRequest,
     Send,
@@ -23,7 +24,9 @@ from services.scheduler.commands import (
 from services.scheduler.configuration import load_profiles, policy_options
 from services.scheduler.core import Core, CoreSettings
 from services.scheduler.events import RequestRecovered, Tick
+from services.scheduler.kept_profiles import KeptProfiles
 from services.scheduler.policies import make_policy
+from services.scheduler.profile import Profile
 from shared import codec, keys, metrics
 from shared.errors import SynerDiffError
 from shared.host import Transport, choose_transport
@@ -74,6 +77,7 @@ class SchedulerService:
         self._streams = Streams(redis)
         self._records = Records(redis, settings.retention)
         self._profiles = load_profiles(settings.profiles)
+        self._kept_profiles = KeptProfiles(redis)
         self._token = uuid.uuid4().hex
         self._run_id = ""
         self._core: Core
@@ -133,7 +137,7 @@ class SchedulerService:
             settings=CoreSettings(
                 max_attempts=self._settings.max_attempts,
                 recovery_s=self._settings.recovery_s,
-                profiles=self._profiles,
+                profiles=(*self._profiles, *await self._kept_profiles.read()),
             ),
             now=time.time(),
         )
@@ -222,6 +226,10 @@ class SchedulerService:
         ]
         if progress:
             await self._streams.notify(RequestsProgressed(items=tuple(progress)))
+        await self._note(commands)
+
+    async def _note(self, commands: Sequence[Command]) -> None:
+        """What lasts: final states, lost workers, profiles."""
         for command in commands:
             match command:
                 case FailRequest(request_id=request_id, code=code, reason=reason):
@@ -230,6 +238,8 @@ class SchedulerService:
                         metrics.REQUESTS_FINISHED.labels(state="failed").inc()
                 case ForgetWorker(incarnation=incarnation):
                     await self._forget(incarnation)
+                case KeepProfile(profile=profile):
+                    await self._keep(profile)
 
     async def _forget(self, incarnation: str) -> None:
         log.warning("worker lost", incarnation=incarnation)
@@ -237,6 +247,16 @@ class SchedulerService:
         await self._redis.delete(
             keys.worker(incarnation), keys.work(incarnation), keys.control(incarnation)
         )
+
+    async def _keep(self, profile: Profile) -> None:
+        key = profile.slots[0].key
+        log.info(
+            "profile completed",
+            model=profile.model_id,
+            knee=profile.knee(key),
+            slots_beside_chunks=len(profile.beside_kinds(key)),
+        )
+        await self._kept_profiles.keep(profile)
 
     def _count_finished(self, event: ImageDecoded) -> None:
         metrics.REQUESTS_FINISHED.labels(state="done").inc()
@@ -284,7 +304,10 @@ class SchedulerService:
         for transport in get_args(Transport):
             metrics.PAIRS.labels(transport=transport).set(pairs[transport])
         for unet in unets:
-            metrics.THRESHOLD.labels(device_group=unet.info.device_group).set(unet.threshold.value)
+            group = unet.info.device_group
+            metrics.THRESHOLD.labels(device_group=group).set(unet.threshold.value)
+            is_complete = any(timing.kind.chunks for timing in unet.profile.slots)
+            metrics.PROFILE_COMPLETE.labels(device_group=group).set(is_complete)
 
     async def _renew_lease(self) -> None:
         held = await self._redis.get(keys.SCHEDULER_LEASE)

@@ -222,6 +222,10 @@ class Denoiser:
         """Median milliseconds of a UNet forward by its rows, at `size` or the model's default."""
         return measure.measure(self._model, row_counts, size=size, num_repeats=num_repeats)
 
+    def measure_for(self, window_s: float, *, rows: int, size: tuple[int, int]) -> float:
+        """Median milliseconds of a forward, one after another for so long, at `size` in pixels."""
+        return measure.measure_for(self._model, window_s, rows=rows, size=size)
+
     def _add(self, request_id: str, attempt: str, parameters: ImageParameters) -> Resident:
         model, facts = self._model, self._model.facts
         check_parameters(parameters, facts, max_side=self._max_side, skip_levels=self._skip_levels)

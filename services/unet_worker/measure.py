@@ -12,6 +12,7 @@ from services.unet_worker.model import DiffusionModel
 from services.unet_worker.slot import predict_noise
 from shared.device import finish_work
 from shared.errors import ConfigurationError
+from shared.worker import sample_for
 
 
 def warm_up(
@@ -51,6 +52,19 @@ def measure(
             durations_s.append(time.perf_counter() - started_at)
         medians_ms[num_rows] = statistics.median(durations_s) * 1e3
     return medians_ms
+
+
+def measure_for(
+    model: DiffusionModel, window_s: float, *, rows: int, size: tuple[int, int]
+) -> float:
+    """Median milliseconds of a forward, one after another for so long, at `size` in pixels."""
+
+    def forward_s() -> float:
+        started_at = time.perf_counter()
+        _forward_zeros(model, rows, *size)
+        return time.perf_counter() - started_at
+
+    return statistics.median(sample_for(window_s, forward_s)) * 1e3
 
 
 @torch.inference_mode()

@@ -26,6 +26,7 @@ from shared.messages import (
     HeldRequest,
     Message,
     ModelInfo,
+    MeasureSlot,
     ReleaseLatents,
     ReleaseRequest,
     RequestAdmitted,
@@ -34,6 +35,7 @@ from shared.messages import (
     SlotDenoised,
     WorkerAnnounced,
     WorkerInfo,
+    SlotMeasured,
 )
 from shared.settings import UnetWorkerSettings, available_threads
 from shared.tensor_pool import TensorPool
@@ -179,6 +181,8 @@ class UnetWorkerService:
                 self._denoiser.release(request_id, attempt)
                 self._hand_over.forget(request_id, attempt)
             case ReleaseLatents():
+            case MeasureSlot() if message.epoch >= self._epoch:
+                await self._measure(message)
                 self._hand_over.release(message, group)
             case BeginEpoch(epoch=epoch) if epoch > self._epoch:
                 self._epoch = epoch
@@ -327,3 +331,25 @@ class UnetWorkerService:
         for row in result.rows:
             if row.has_run:
                 metrics.FORWARDS.labels(guidance="skipped" if row.was_skipped else "full").inc()
+
+    async def _measure(self, command: MeasureSlot) -> None:
+        """Time dummy rows; no request is touched."""
+        measure = partial(
+            self._denoiser.measure_for,
+            command.window_ms / 1000,
+            rows=command.rows,
+            size=(command.height, command.width),
+        )
+        try:
+            step_ms = await self._compute.run(measure, threads=command.threads)
+        except (RuntimeError, MemoryError) as error:
+            log.warning("not measured", rows=command.rows, error=repr(error))
+            step_ms = 0.0
+        self._link.post(
+            SlotMeasured(
+                incarnation=self._link.incarnation,
+                epoch=command.epoch,
+                number=command.number,
+                step_ms=step_ms,
+            )
+        )

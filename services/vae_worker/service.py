@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 
 from services.vae_worker.chunked_decoder import ChunkPlan, Granularity, decode_chunks, plan_chunks
 from services.vae_worker.image_encoder import encode_image
+from services.vae_worker.measure import measure_for, time_chunks
 from services.vae_worker.model import Decoder, load_decoder
 from shared import metrics
 from shared.cuda_ipc import gpu_ipc
@@ -26,10 +27,12 @@ from shared.messages import (
     BeginEpoch,
     CancelDecode,
     ChunksDecoded,
+    ChunksMeasured,
     DecodeLatents,
     GrantChunks,
     HandleLost,
     ImageDecoded,
+    MeasureChunks,
     Message,
     ReleaseLatents,
     RequestFailed,
@@ -106,6 +109,7 @@ class VaeWorkerService:
         self._decoder: Decoder
         self._plans: dict[tuple[int, int], ChunkPlan] = {}
         self._decodes: dict[str, Decode] = {}
+        self._measurements: deque[MeasureChunks] = deque()
         self._num_committing = 0
         self._epoch = 0
 
@@ -123,9 +127,11 @@ class VaeWorkerService:
             while not self._link.is_stopping:
                 await self._link.news()
                 self._take_messages()
-                while not self._link.is_stopping and any(d.grants for d in self._decodes.values()):
+                while not self._link.is_stopping and self._has_work():
                     decode = self._next_runnable()
-                    if decode:
+                    if self._measurements:
+                        await self._measure(self._measurements.popleft())
+                    elif decode:
                         await self._run_chunk(decode, group)
                     else:
                         await asyncio.sleep(GRANT_POLL_S)
@@ -142,10 +148,10 @@ class VaeWorkerService:
         self._decoder = load_decoder(settings.model, device=settings.device, dtype=settings.dtype)
         self._reader = TensorReader(ipc=gpu_ipc(self._decoder.device))
         size = self._decoder.default_size
-        durations_s = [self._decode_zeros(*size) for _ in range(4)]
+        durations_s = [sum(time_chunks(self._decoder, self._plan(*size))) for _ in range(4)]
         factor = self._decoder.scale_factor
         for height, width in settings.sizes_to_warm_up:
-            self._decode_zeros(height // factor, width // factor)
+            time_chunks(self._decoder, self._plan(height // factor, width // factor))
         place = find_place(
             self._decoder.device,
             device_group=settings.device_group,
@@ -166,15 +172,6 @@ class VaeWorkerService:
             decode_ms=statistics.median(durations_s[1:]) * 1000,
             num_chunks=self._plan(*size).num_chunks,
         )
-
-    def _decode_zeros(self, latent_height: int, latent_width: int) -> float:
-        """Seconds that a decode of these sides of latents takes, alone."""
-        shape = (1, self._decoder.latent_channels, latent_height, latent_width)
-        start = time.perf_counter()
-        for _ in self._chunks(torch.zeros(shape)):
-            pass
-        finish_work(self._decoder.device)
-        return time.perf_counter() - start
 
     def _plan(self, latent_height: int, latent_width: int) -> ChunkPlan:
         size = (latent_height, latent_width)
@@ -207,6 +204,7 @@ class VaeWorkerService:
             case BeginEpoch(epoch=epoch):
                 # Decodes are short and their latents still there: the new scheduler asks anew.
                 self._epoch = max(self._epoch, epoch)
+                self._measurements.clear()
                 for decode in list(self._decodes.values()):
                     self._forget(decode)
             case DecodeLatents() if message.epoch >= self._epoch:
@@ -224,12 +222,17 @@ class VaeWorkerService:
                             expires_at=time.monotonic() + GRANT_WAIT_S,
                         )
                     )
+            case MeasureChunks() if message.epoch >= self._epoch:
+                self._measurements.append(message)
             case CancelDecode():
                 known = self._decodes.get(message.request_id)
                 if known and known.command.attempt == message.attempt:
                     self._forget(known)
             case _:
                 log.debug("ignored", message=type(message).__name__)
+
+    def _has_work(self) -> bool:
+        return bool(self._measurements) or any(one.grants for one in self._decodes.values())
 
     def _next_runnable(self) -> Decode | None:
         runnable = (
@@ -330,6 +333,29 @@ class VaeWorkerService:
 
     async def _fetch(self, command: DecodeLatents) -> tuple[torch.Tensor, str]:
         """The latents and the transport that served.
+
+    async def _measure(self, command: MeasureChunks) -> None:
+        """Time decodes of dummy latents; no request is touched."""
+        factor = self._decoder.scale_factor
+        window_s = command.window_ms / 1000
+
+        def measure() -> tuple[float, ...]:
+            plan = self._plan(command.height // factor, command.width // factor)
+            return measure_for(self._decoder, plan, window_s)
+
+        try:
+            chunk_ms = await self._compute.run(measure, threads=command.threads)
+        except (RuntimeError, MemoryError) as error:
+            log.warning("not measured", error=repr(error))
+            chunk_ms = ()
+        self._link.post(
+            ChunksMeasured(
+                incarnation=self._link.incarnation,
+                epoch=command.epoch,
+                number=command.number,
+                chunk_ms=chunk_ms,
+            )
+        )
 
         Raises:
             HandleLostError: Neither the pool nor an inline copy has them.

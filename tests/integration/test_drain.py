@@ -3,119 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from denoising import parameters
 from redis.asyncio import Redis
+from running_services import num_done, stack
 
-from services.scheduler.service import SchedulerService
-from services.unet_worker.service import UnetWorkerService
-from services.vae_worker.service import VaeWorkerService
 from shared import metrics
-from shared.messages import GenerateImage
-from shared.records import JobRecord, Records, RequestRecord
-from shared.service_main import Service
-from shared.settings import SchedulerSettings, UnetWorkerSettings, VaeWorkerSettings
 
 NUM_PICTURES = 24
 NUM_STEPS = 40
-
-
-@dataclass
-class Running:
-    service: Service
-    task: asyncio.Task[None]
-
-    async def leave(self) -> None:
-        """Told to stop, as by SIGTERM; it must end by itself."""
-        self.service.stop()
-        async with asyncio.timeout(60):
-            await self.task
-
-    async def insist(self) -> None:
-        self.service.stop()
-        self.service.stop()
-        await self.task
-
-
-@dataclass
-class Stack:
-    """A scheduler and workers, and the requests that were put to them."""
-
-    redis: Redis
-    folder: Path
-    services: AsyncExitStack
-    request_ids: list[str] = field(default_factory=list)
-
-    def _start(self, service: Service) -> Running:
-        running = Running(service, asyncio.create_task(service.run()))
-        self.services.push_async_callback(running.insist)
-        return running
-
-    def scheduler(self) -> Running:
-        return self._start(SchedulerService(self.redis, SchedulerSettings(recovery_s=1.0)))
-
-    async def unet(self, worker_id: str) -> Running:
-        settings = UnetWorkerSettings(
-            model=self.folder, device="cpu", dtype="float32", threads=1, worker_id=worker_id
-        )
-        return await self._registered(worker_id, UnetWorkerService(self.redis, settings))
-
-    async def vae(self, worker_id: str) -> Running:
-        settings = VaeWorkerSettings(
-            model=self.folder, device="cpu", dtype="float32", threads=1, worker_id=worker_id
-        )
-        return await self._registered(worker_id, VaeWorkerService(self.redis, settings))
-
-    async def _registered(self, worker_id: str, service: Service) -> Running:
-        """Once it is: two models can't be loaded at a time in one process."""
-        running = self._start(service)
-        async with asyncio.timeout(120):
-            while not any([one async for one in self.redis.scan_iter(f"sd:worker:{worker_id}-*")]):
-                assert not running.task.done(), running.task
-                await asyncio.sleep(0.05)
-        return running
-
-    async def submit(self) -> None:
-        requests = [
-            GenerateImage(
-                request_id=f"r{number}",
-                job_id="job",
-                owner="",
-                priority=0,
-                deadline_ms=0,
-                submitted_at=0.0,
-                parameters=parameters(
-                    seed=number, num_inference_steps=NUM_STEPS, model=self.folder.name
-                ),
-            )
-            for number in range(NUM_PICTURES)
-        ]
-        self.request_ids = [one.request_id for one in requests]
-        job = JobRecord(job_id="job", request_ids=tuple(self.request_ids))
-        await Records(self.redis).submit(job, requests, max_open=NUM_PICTURES)
-
-    async def records(self) -> list[RequestRecord]:
-        found = [await Records(self.redis).read(one) for one in self.request_ids]
-        return [one for one in found if one]
-
-    async def until(self, condition: Callable[[list[RequestRecord]], bool]) -> None:
-        async with asyncio.timeout(120):
-            while not condition(await self.records()):  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-
-
-@asynccontextmanager
-async def stack(redis: Redis, folder: Path) -> AsyncIterator[Stack]:
-    async with AsyncExitStack() as services:
-        yield Stack(redis, folder, services)
-
-
-def num_done(records: list[RequestRecord]) -> int:
-    return sum(record.state == "done" for record in records)
 
 
 def forwards() -> float:
@@ -138,7 +34,7 @@ async def test_workers_that_leave_one_after_another_cost_no_attempt_and_no_step(
     async with stack(redis, tiny_model_folder) as running:
         running.scheduler()
         first_unet, first_vae = await running.unet("u0"), await running.vae("v0")
-        await running.submit()
+        await running.submit(NUM_PICTURES, num_steps=NUM_STEPS)
         await some_forwards(3 * NUM_STEPS)
         # The only ones of their kind: what they hand back waits for the next.
         await first_unet.leave()
@@ -162,7 +58,7 @@ async def test_a_scheduler_that_leaves_loses_nothing_that_workers_hold(
         first = running.scheduler()
         await running.unet("u0")
         await running.vae("v0")
-        await running.submit()
+        await running.submit(NUM_PICTURES, num_steps=NUM_STEPS)
         await some_forwards(3 * NUM_STEPS)
         await first.leave()
         running.scheduler()

@@ -51,6 +51,11 @@ class SynerDiff:
         """So that a full slot never waits for a prompt."""
         return 2
 
+    @property
+    def plans_overlap(self) -> bool:
+        """Every part of it does."""
+        return True
+
     def first_threshold(self) -> Threshold:
         """Where the rule begins."""
         return Threshold(value=self.rule.first_value)
