@@ -24,18 +24,18 @@ from shared.messages import (
     BeginEpoch,
     DenoiseSlot,
     HeldRequest,
+    MeasureSlot,
     Message,
     ModelInfo,
-    MeasureSlot,
     ReleaseLatents,
     ReleaseRequest,
     RequestAdmitted,
     RequestFailed,
     RequestHandedBack,
     SlotDenoised,
+    SlotMeasured,
     WorkerAnnounced,
     WorkerInfo,
-    SlotMeasured,
 )
 from shared.settings import UnetWorkerSettings, available_threads
 from shared.tensor_pool import TensorPool
@@ -177,12 +177,12 @@ class UnetWorkerService:
         match message:
             case AdmitRequest() if message.epoch >= self._epoch:
                 await self._admit(message)
+            case MeasureSlot() if message.epoch >= self._epoch:
+                await self._measure(message)
             case ReleaseRequest(request_id=request_id, attempt=attempt):
                 self._denoiser.release(request_id, attempt)
                 self._hand_over.forget(request_id, attempt)
             case ReleaseLatents():
-            case MeasureSlot() if message.epoch >= self._epoch:
-                await self._measure(message)
                 self._hand_over.release(message, group)
             case BeginEpoch(epoch=epoch) if epoch > self._epoch:
                 self._epoch = epoch

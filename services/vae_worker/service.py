@@ -331,9 +331,6 @@ class VaeWorkerService:
             decode.grants[0].compute_s += duration_s
         return None
 
-    async def _fetch(self, command: DecodeLatents) -> tuple[torch.Tensor, str]:
-        """The latents and the transport that served.
-
     async def _measure(self, command: MeasureChunks) -> None:
         """Time decodes of dummy latents; no request is touched."""
         factor = self._decoder.scale_factor
@@ -356,6 +353,9 @@ class VaeWorkerService:
                 chunk_ms=chunk_ms,
             )
         )
+
+    async def _fetch(self, command: DecodeLatents) -> tuple[torch.Tensor, str]:
+        """The latents and the transport that served.
 
         Raises:
             HandleLostError: Neither the pool nor an inline copy has them.
