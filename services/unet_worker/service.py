@@ -7,6 +7,7 @@ import time
 from collections import deque
 from functools import partial
 
+import torch
 from redis.asyncio import Redis
 
 from services.unet_worker.denoiser import Admission, Denoiser, SlotResult
@@ -17,6 +18,7 @@ from services.unet_worker.resume import find_state, leave_state
 from services.unet_worker.samplers import DEFAULT_SAMPLER
 from shared import keys, metrics
 from shared.cuda_ipc import gpu_ipc
+from shared.device import finish_work
 from shared.errors import ProtocolError, SynerDiffError
 from shared.logs import get_logger
 from shared.messages import (
@@ -69,6 +71,7 @@ class UnetWorkerService:
             drain_timeout_s=settings.drain_timeout_s,
         )
         self._compute = ComputeThread(self._threads)
+        self._device: torch.device
         self._denoiser: Denoiser
         self._pool: TensorPool | None = None
         self._slots: deque[DenoiseSlot] = deque()
@@ -106,6 +109,7 @@ class UnetWorkerService:
         """Load the model, warm it up and measure slots; runs in the compute thread."""
         settings = self._settings
         model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+        self._device = model.device
         self._denoiser = Denoiser(
             model, max_requests=settings.max_requests, max_side=settings.max_side
         )
@@ -220,6 +224,7 @@ class UnetWorkerService:
         try:
             admission, step_index = await self._take_in(command)
         except (RuntimeError, MemoryError, SynerDiffError) as error:
+            await self._check_device()
             log.warning("not admitted", request_id=command.request_id, error=repr(error))
             self._link.post(
                 RequestFailed(
@@ -309,6 +314,8 @@ class UnetWorkerService:
         if self._pool:
             # This slot is over: what is bound to the gap behind it may begin.
             self._pool.set_running_seq(slot.seq + 1)
+        if result.failures:
+            await self._check_device()
         for failure in result.failures:
             log.warning("failed in a slot", request_id=failure.request_id, reason=failure.reason)
             self._denoiser.release(failure.request_id, failure.attempt)
@@ -324,6 +331,15 @@ class UnetWorkerService:
             )
         )
         self._hand_over.add(result.finished, group)
+
+    async def _check_device(self) -> None:
+        """After a failure: return if the device works.
+
+        Raises:
+            RuntimeError: A GPU's context is lost. The worker ends by it, and another process can do
+                what this one would only fail.
+        """
+        await self._compute.run(partial(finish_work, self._device))
 
     def _observe(self, result: SlotResult, duration_s: float) -> None:
         metrics.STEP_SECONDS.observe(duration_s)

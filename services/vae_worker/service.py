@@ -283,6 +283,9 @@ class VaeWorkerService:
             )
             return
         except (RuntimeError, MemoryError, SynerDiffError) as error:
+            # Raises where a GPU's context is lost. Then the worker ends, and another process can
+            # do what this one would only fail.
+            await self._compute.run(partial(finish_work, self._decoder.device))
             self._fail(decode, error)
             return
         self._report_grant(decode, is_last=image is not None)

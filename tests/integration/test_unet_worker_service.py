@@ -14,6 +14,7 @@ import torch
 from denoising import parameters
 from redis.asyncio import Redis
 
+from services.unet_worker.denoiser import Denoiser
 from services.unet_worker.service import UnetWorkerService
 from shared import keys, messages
 from shared.settings import UnetWorkerSettings
@@ -136,6 +137,30 @@ async def test_a_full_pool_holds_up_the_hand_over_and_nothing_else(
         await desk.tell(messages.ReleaseLatents(slot=handle.slot, generation=handle.generation))
         second = await desk.hear(messages.LatentsFinished)
         assert {first.request_id, second.request_id} == {"a", "b"}
+
+
+async def test_a_worker_whose_gpu_is_lost_ends_instead_of_failing_requests(
+    redis: Redis, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    async def until_it_is_lost() -> None:
+        async with working(redis, tiny_model_folder, "u0") as (_, desk, task):
+            await desk.admit("r")
+            monkeypatch.setattr(Denoiser, "run", fail)
+            # The device works, so it is the request's own fault.
+            assert (await desk.denoise(0, "r")).failures
+            await desk.admit("s")
+            monkeypatch.setattr("services.unet_worker.service.finish_work", fail)
+            answer = asyncio.create_task(desk.denoise(0, "s"))
+            await asyncio.wait({task, answer}, return_when=asyncio.FIRST_COMPLETED)
+            assert not answer.done()
+            answer.cancel()
+
+    with pytest.raises(ExceptionGroup) as ended:
+        await until_it_is_lost()
+    assert ended.group_contains(RuntimeError, match="CUDA error")
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmpp_2m"])

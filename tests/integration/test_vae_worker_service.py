@@ -120,6 +120,40 @@ async def test_a_decode_runs_as_many_chunks_as_are_granted(
         assert (await desk.hear(messages.ChunksDecoded)).chunks_done == desk.num_chunks
 
 
+async def test_a_worker_whose_gpu_is_lost_ends_instead_of_failing_decodes(
+    redis: Redis, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_asked = threading.Event()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    def fail_to_finish(*_: object) -> None:
+        is_asked.set()
+        fail()
+
+    heard_until: list[str] = []
+
+    async def until_it_is_lost() -> None:
+        async with working(redis, tiny_model_folder) as (_, desk):
+            monkeypatch.setattr(VaeWorkerService, "_advance", fail)
+            await desk.hand_over("r")
+            await desk.grant("r", 1)
+            # The device works, so it is the request's own fault.
+            assert (await desk.hear(messages.RequestFailed)).request_id == "r"
+            monkeypatch.setattr("services.vae_worker.service.finish_work", fail_to_finish)
+            await desk.hand_over("s")
+            await desk.grant("s", 1)
+            assert await asyncio.to_thread(is_asked.wait, 60)
+            heard_until.append(desk.position)
+
+    with pytest.raises(ExceptionGroup) as ended:
+        await until_it_is_lost()
+    assert ended.group_contains(RuntimeError, match="CUDA error")
+    entries = await Streams(redis).read({keys.SCHEDULER: heard_until[0]}, count=64)
+    assert not [one for one in entries if isinstance(one.message, messages.RequestFailed)]
+
+
 async def test_a_cancelled_decode_stops_within_one_chunk(
     redis: Redis, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
