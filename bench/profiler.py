@@ -28,11 +28,18 @@ from services.scheduler.profile import (
 )
 from services.scheduler.profile_file import format_profile
 from shared.device import choose_device, choose_dtype
+from shared.profile_files import ChunkGranularity
 from shared.settings import available_threads
 
 ROWS = (1, 2, 4, 6, 8, 12, 16)
 SHORT_ROWS = (1, 2, 4, 8, 16)
 SHORT_REPEATS = 3
+
+STRIP_FRACTIONS = (0.0, 0.25, 0.1)
+"""On offer, the coarsest first: along the layers only, then in ever smaller row strips."""
+
+MAX_OVERHEAD = 1.03
+"""A coarser cut is kept where it takes at most so many times as long as the fastest."""
 
 Samples = dict[Any, list[float]]
 
@@ -48,12 +55,45 @@ class Measurements:
     encode: list[float] = field(default_factory=list)
 
 
+def choose_strip_fraction(
+    decodes: Mapping[float, Sequence[Sequence[float]]], *, longest_chunk: float
+) -> float:
+    """The coarsest cut whose longest chunk is short enough, of those that take least.
+
+    decodes: by strip fraction, the coarsest first; of each repeat the durations of its chunks.
+    longest_chunk: as a share of the fastest decode. Where no cut keeps it, the one with the
+    shortest longest chunk.
+    """
+    totals = {one: statistics.median(map(sum, repeats)) for one, repeats in decodes.items()}
+    longest = {one: statistics.median(map(max, repeats)) for one, repeats in decodes.items()}
+    allowed_s = longest_chunk * min(totals.values())
+    fitting = [one for one in decodes if longest[one] <= allowed_s]
+    if not fitting:
+        return min(decodes, key=lambda one: longest[one])
+    least_s = min(totals[one] for one in fitting)
+    return next(one for one in fitting if totals[one] <= MAX_OVERHEAD * least_s)
+
+
+def measure_cuts(
+    pair: Pair, *, size: tuple[int, int], threads: int, num_repeats: int
+) -> dict[float, list[tuple[float, ...]]]:
+    """Decodes alone, cut in every way on offer, in turns."""
+    found: dict[float, list[tuple[float, ...]]] = {one: [] for one in STRIP_FRACTIONS}
+    for repeat in range(-1, num_repeats):  # the first warms up and is dropped
+        for fraction, repeats in found.items():
+            decode = pair.whole_decode(*size, threads, max_strip_fraction=fraction)
+            if repeat >= 0:
+                repeats.append(decode.parts)
+    return found
+
+
 def measure(
     pair: Pair,
     *,
     size: tuple[int, int],
     threads: int,
     num_repeats: int,
+    max_strip_fraction: float = 0.0,
     rows: Sequence[int] = ROWS,
     say: Callable[[str], None] = print,
 ) -> Measurements:
@@ -69,7 +109,7 @@ def measure(
                 forward = Forward(height=height, width=width, rows=count, threads=number)
                 found.alone.setdefault((number, count), []).append(pair.forward(forward).seconds)
         for number in sorted({threads, 1}):
-            decode = pair.whole_decode(height, width, number)
+            decode = pair.whole_decode(height, width, number, max_strip_fraction=max_strip_fraction)
             found.decode.setdefault(number, []).append(decode.parts)
         for unet_threads, vae_threads in thread_splits(threads):
             for num_chunks in BESIDE_CHUNKS:
@@ -80,7 +120,11 @@ def measure(
                     step, chunk = pair.together(
                         Forward(height=height, width=width, rows=count, threads=unet_threads),
                         Chunks(
-                            height=height, width=width, num_chunks=num_chunks, threads=vae_threads
+                            height=height,
+                            width=width,
+                            num_chunks=num_chunks,
+                            threads=vae_threads,
+                            max_strip_fraction=max_strip_fraction,
                         ),
                     )
                     found.beside_step.setdefault((kind, count), []).append(step.seconds)
@@ -125,8 +169,9 @@ def slot_timings(found: Measurements, key: str) -> list[SlotTiming]:
     return slots
 
 
-def decode_timings(found: Measurements, key: str) -> list[DecodeTiming]:
+def decode_timings(found: Measurements, key: str, max_strip_fraction: float) -> list[DecodeTiming]:
     """Medians of every chunk, by threads."""
+    cut = f"in strips of {max_strip_fraction}" if max_strip_fraction else "along the layers"
     decodes = []
     for number, samples in found.decode.items():
         chunk_ms = [statistics.median(one) * 1e3 for one in zip(*samples, strict=True)]
@@ -136,7 +181,7 @@ def decode_timings(found: Measurements, key: str) -> list[DecodeTiming]:
                 key=key,
                 threads=number,
                 chunk_ms=tuple(round(ms, 3) for ms in chunk_ms),
-                granularity=f"{len(chunk_ms)} chunks along the layers, "
+                granularity=f"{len(chunk_ms)} chunks {cut}, "
                 f"the longest {longest:.2f} of the decode",
                 spread=round(quartile_spread([sum(parts) for parts in samples]), 3),
             )
@@ -161,6 +206,9 @@ def profile(  # noqa: PLR0917 - options of a command
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     chunks: Annotated[int, typer.Option(min=1, help="Chunks a decode is cut into.")] = 4,
+    longest_chunk: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of a decode that no chunk should exceed.")
+    ] = 0.4,
     repeats: Annotated[int, typer.Option(min=2)] = 9,
     size: Annotated[
         list[str] | None,
@@ -176,20 +224,25 @@ def profile(  # noqa: PLR0917 - options of a command
     slots: list[SlotTiming] = []
     decodes: list[DecodeTiming] = []
     encode_ms = []
+    num_repeats = SHORT_REPEATS if short else repeats
     with running_pair(model, device=device, dtype=dtype_name, num_chunks=chunks) as pair:
-        for height, width in _sizes(model, size or []):
+        sizes = _sizes(model, size or [])
+        cuts = measure_cuts(pair, size=max(sizes), threads=threads, num_repeats=num_repeats)
+        fraction = choose_strip_fraction(cuts, longest_chunk=longest_chunk)
+        for height, width in sizes:
             key = make_key(height, width)
             typer.echo(key)
             found = measure(
                 pair,
                 size=(height, width),
                 threads=threads,
-                num_repeats=SHORT_REPEATS if short else repeats,
+                num_repeats=num_repeats,
+                max_strip_fraction=fraction,
                 rows=SHORT_ROWS if short else ROWS,
                 say=typer.echo,
             )
             slots += slot_timings(found, key)
-            decodes += decode_timings(found, key)
+            decodes += decode_timings(found, key, fraction)
             encode_ms.append(statistics.median(found.encode) * 1e3)
     result = Profile(
         model_id=model.resolve().name,
@@ -199,6 +252,7 @@ def profile(  # noqa: PLR0917 - options of a command
         slots=tuple(slots),
         decodes=tuple(decodes),
         encode_ms=round(statistics.median(encode_ms), 3),
+        granularity=ChunkGranularity(num_chunks=chunks, max_strip_fraction=fraction),
         skip_levels=_skip_levels(model, device, dtype_name, threads, is_short=short),
         notes=_notes(is_short=short),
     )

@@ -37,12 +37,16 @@ class Forward:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunks:
-    """So many decode chunks, over as many decodes as they need; 0 for all of one decode."""
+    """So many decode chunks, over as many decodes as they need; 0 for all of one decode.
+
+    max_strip_fraction: how the decodes are cut, besides the pair's number of chunks.
+    """
 
     height: int
     width: int
     num_chunks: int
     threads: int
+    max_strip_fraction: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +72,19 @@ class Pair:
         """Chunks alone."""
         return self._ask(self._vae, (chunks, False))
 
-    def whole_decode(self, height: int, width: int, threads: int) -> Timing:
+    def whole_decode(
+        self, height: int, width: int, threads: int, *, max_strip_fraction: float = 0.0
+    ) -> Timing:
         """One decode alone, chunk by chunk."""
-        return self.chunks(Chunks(height=height, width=width, num_chunks=0, threads=threads))
+        return self.chunks(
+            Chunks(
+                height=height,
+                width=width,
+                num_chunks=0,
+                threads=threads,
+                max_strip_fraction=max_strip_fraction,
+            )
+        )
 
     def together(self, forward: Forward, chunks: Chunks) -> tuple[Timing, Timing]:
         """Both, started at the same moment.
@@ -255,9 +269,10 @@ class _VaeSide:
         config = self._decoder.vae.config
         factor = 2 ** (len(config.block_out_channels) - 1)
         size = (task.height // factor, task.width // factor)
-        self._plan = plan_chunks(
-            self._decoder.vae, *size, granularity=Granularity(num_chunks=self._num_chunks)
+        granularity = Granularity(
+            num_chunks=self._num_chunks, max_strip_fraction=task.max_strip_fraction or None
         )
+        self._plan = plan_chunks(self._decoder.vae, *size, granularity=granularity)
         self._latents = torch.randn(1, config.latent_channels, *size).to(
             self._decoder.device, self._decoder.dtype
         )

@@ -148,14 +148,15 @@ class UnetWorkerSettings(WorkerSettings):
 
 
 class VaeWorkerSettings(WorkerSettings):
-    """num_chunks: chunks a decode is cut into.
+    """profiles: as the scheduler's. A profile of the model says how its decodes are cut.
 
-    max_strip_fraction: layers that cost more than this share of a decode are cut into row strips,
-    which large pictures need where memory is short; 0 cuts along the layers only.
+    num_chunks, max_strip_fraction: override it, as in `ChunkGranularity`. Large pictures need
+    strips where memory is short.
     """
 
-    num_chunks: int = Field(4, ge=1, le=64)
-    max_strip_fraction: float = Field(0.0, ge=0, le=1)
+    profiles: Path = Path("profiles")
+    num_chunks: int | None = Field(None, ge=1, le=64)
+    max_strip_fraction: float | None = Field(None, ge=0, le=1)
 
 
 S = TypeVar("S", bound=ServiceSettings)

@@ -25,7 +25,7 @@ from shared import messages
 PAUSE_S = 1.2
 """From one measurement to the next while there is something to serve."""
 
-MAX_HOLD_S = 2.0
+MAX_HOLD_S = 5.0
 """How long slots in flight may take to end once no others are sent; then they go on."""
 
 ANSWER_S = 5.0

@@ -9,6 +9,7 @@ from services.scheduler.profile import Profile
 from services.scheduler.profile_file import parse_profile
 from services.scheduler.threshold import ThresholdRule
 from shared.errors import ConfigurationError
+from shared.profile_files import profile_paths
 from shared.settings import SchedulerSettings
 
 
@@ -36,5 +37,4 @@ def load_profiles(path: Path) -> tuple[Profile, ...]:
     Raises:
         ConfigurationError: A file is no profile.
     """
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
-    return tuple(parse_profile(file.read_text(), name=str(file)) for file in files)
+    return tuple(parse_profile(file.read_text(), name=str(file)) for file in profile_paths(path))

@@ -28,7 +28,7 @@ MIN_WINDOW_MS = 250.0
 REPEATS = 3
 """A window has room for so many forwards or decodes, whichever is longer, alone on its threads."""
 
-MAX_TOTAL_MS = 15_000.0
+MAX_TOTAL_MS = 10_000.0
 """Of all windows. The largest slots are left out where they would take longer."""
 
 

@@ -20,6 +20,7 @@ from functools import cached_property
 from statistics import fmean, median
 
 from shared.messages import WorkerInfo
+from shared.profile_files import ChunkGranularity
 
 KNEE_FRACTION = 0.95
 """The knee is the smallest batch with at least this share of the best throughput."""
@@ -108,7 +109,8 @@ class Profile:
     """All timings of one model on one device, in milliseconds.
 
     device: "cpu" or "cuda", as a worker's device begins. threads: CPU threads of the device, 0
-    where it has none to share. encode_ms: a guided request's text encoding, alone. source:
+    where it has none to share. encode_ms: a guided request's text encoding, alone. granularity: how
+    decodes were cut, and are to be; None leaves that to the workers. source:
     "measured", "short" (what workers measured at their start: nothing is known of slots beside
     chunks, so none are offered, as if sharing the device gained nothing), "calibrated" (what they
     then measured side by side while serving) or "assumed". notes: what it was measured on or taken
@@ -125,6 +127,7 @@ class Profile:
     slots: tuple[SlotTiming, ...]
     decodes: tuple[DecodeTiming, ...]
     encode_ms: float = 0.0
+    granularity: ChunkGranularity | None = None
     skip_levels: Mapping[str, SkipLevel] = field(default_factory=lambda: dict(ASSUMED_SKIP_LEVELS))
     source: str = "measured"
     notes: Mapping[str, str] = field(default_factory=dict)

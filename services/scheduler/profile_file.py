@@ -5,6 +5,7 @@
   "model_id": "emoji", "device": "cpu", "dtype": "bfloat16", "threads": 2, "source": "measured",
   "notes": {"cpu": "...", "torch": "...", "at": "..."},
   "encode_ms": 12.0,
+  "granularity": {"num_chunks": 4, "max_strip_fraction": 0.0},
   "slots": [
     {"key": "128x128", "unet_threads": 2, "vae_threads": 0, "chunks": 0,
      "step_ms": {"1": 9.0, "2": 11.0}, "spread": 0.03},
@@ -19,13 +20,15 @@
 }
 
 Durations are medians in milliseconds, `spread` is (75th - 25th percentile) / median, thread counts
-of 0 are the library's default, rows are the names in `step_ms` and `chunks_ms`.
+of 0 are the library's default, rows are the names in `step_ms` and `chunks_ms`. Where there is no
+`granularity` the workers' settings say how decodes are cut.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from services.scheduler.profile import (
@@ -37,6 +40,7 @@ from services.scheduler.profile import (
     SlotTiming,
 )
 from shared.errors import ConfigurationError
+from shared.profile_files import parse_granularity
 
 FORMAT = "synerdiff-profile"
 VERSION = 1
@@ -44,7 +48,7 @@ VERSION = 1
 
 def format_profile(profile: Profile) -> str:
     """The profile as JSON text, the same for the same profile."""
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "model_id": profile.model_id,
@@ -54,6 +58,7 @@ def format_profile(profile: Profile) -> str:
         "source": profile.source,
         "notes": dict(profile.notes),
         "encode_ms": profile.encode_ms,
+        **({"granularity": asdict(profile.granularity)} if profile.granularity else {}),
         "slots": [_slot_fields(timing) for timing in profile.slots],
         "decodes": [
             {
@@ -110,12 +115,14 @@ def _profile(content: Mapping[str, Any]) -> Profile:
         name: SkipLevel(**{field: float(value) for field, value in level.items()})
         for name, level in content.get("skip_levels", {}).items()
     }
+    granularity = content.get("granularity")
     return Profile(
         model_id=str(content["model_id"]),
         device=str(content["device"]),
         dtype=str(content["dtype"]),
         threads=int(content["threads"]),
         encode_ms=float(content.get("encode_ms", 0.0)),
+        granularity=parse_granularity(granularity) if granularity else None,
         source=str(content.get("source", "measured")),
         notes={str(name): str(value) for name, value in content.get("notes", {}).items()},
         skip_levels=levels or dict(ASSUMED_SKIP_LEVELS),

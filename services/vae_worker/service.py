@@ -15,6 +15,7 @@ import torch
 from redis.asyncio import Redis
 
 from services.vae_worker.chunked_decoder import ChunkPlan, Granularity, decode_chunks, plan_chunks
+from services.vae_worker.granularity import choose_granularity
 from services.vae_worker.image_encoder import encode_image
 from services.vae_worker.measure import measure_for, time_chunks
 from services.vae_worker.model import Decoder, load_decoder
@@ -107,6 +108,7 @@ class VaeWorkerService:
         self._compute = ComputeThread(self._threads)
         self._reader: TensorReader
         self._decoder: Decoder
+        self._granularity: Granularity
         self._plans: dict[tuple[int, int], ChunkPlan] = {}
         self._decodes: dict[str, Decode] = {}
         self._measurements: deque[MeasureChunks] = deque()
@@ -143,10 +145,15 @@ class VaeWorkerService:
     # --- start ----------------------------------------------------------------------------------
 
     def _start(self) -> WorkerInfo:
-        """Load the VAE and measure a decode of the default size; runs in the compute thread."""
+        """Load the VAE and measure a decode of the default size; runs in the compute thread.
+
+        Raises:
+            ConfigurationError: The folder holds no VAE, or a profile can't be read.
+        """
         settings = self._settings
         self._decoder = load_decoder(settings.model, device=settings.device, dtype=settings.dtype)
         self._reader = TensorReader(ipc=gpu_ipc(self._decoder.device))
+        self._granularity = choose_granularity(settings, self._decoder)
         size = self._decoder.default_size
         durations_s = [sum(time_chunks(self._decoder, self._plan(*size))) for _ in range(4)]
         factor = self._decoder.scale_factor
@@ -180,10 +187,7 @@ class VaeWorkerService:
                 self._decoder.vae,
                 latent_height,
                 latent_width,
-                granularity=Granularity(
-                    num_chunks=self._settings.num_chunks,
-                    max_strip_fraction=self._settings.max_strip_fraction or None,
-                ),
+                granularity=self._granularity,
             )
         return self._plans[size]
 

@@ -18,6 +18,7 @@ from services.scheduler.profile import (
 )
 from services.scheduler.profile_file import format_profile, parse_profile
 from shared.errors import ConfigurationError
+from shared.profile_files import ChunkGranularity
 
 BESIDE = SlotKind(unet_threads=1, vae_threads=1, chunks=2)
 PROFILE = Profile(
@@ -40,6 +41,7 @@ PROFILE = Profile(
     ),
     decodes=(DecodeTiming(key="64x64", threads=2, chunk_ms=(5.0, 5.0, 6.0, 4.0)),),
     encode_ms=3.0,
+    granularity=ChunkGranularity(num_chunks=6, max_strip_fraction=0.25),
     notes={"cpu": "one that is not there"},
 )
 
@@ -60,6 +62,8 @@ def test_durations_are_interpolated_and_other_sizes_scaled_by_pixels() -> None:
 
 def test_a_profile_survives_its_file() -> None:
     assert parse_profile(format_profile(PROFILE)) == PROFILE
+    without = replace(PROFILE, granularity=None)
+    assert parse_profile(format_profile(without)) == without
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "synerdiff-profile", "version": 2}'])
