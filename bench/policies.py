@@ -47,7 +47,7 @@ def run(  # noqa: PLR0917 - options of a command
     `p99_latency_reduction` of synerdiff against it; and `attained_over_ceiling`.
     """
     plan = Plan.quick(seed) if quick else Plan.full(seed, num_seeds=seeds, num_requests=requests)
-    suffix = ("_simulated" if simulated else "") + ("_quick" if quick else "")
+    suffix = (f"_simulated_{simulated.stem}" if simulated else "") + ("_quick" if quick else "")
     samples_path = REPORTS / f"policies_samples{suffix}.json"
     is_kept = samples_path.exists() and not quick
     samples: dict[str, Sample] = json.loads(samples_path.read_text()) if is_kept else {}

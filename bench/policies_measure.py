@@ -12,8 +12,8 @@ from bench.real_stack import Served
 from bench.report import percentile
 from services.scheduler.simulation.arrivals import Arrival, make_arrivals
 
-LOADS: Final = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-"""Tried for the capacity, of the throughput with a standing backlog, until one can be carried."""
+LOADS: Final = tuple(1.04**-power for power in range(40))
+"""Tried for the capacity, of the highest throughput of any contender: the same loads for all."""
 
 CARRIED: Final = 3.0
 """A load is carried where P95 latency stays within so many times the least unloaded one of any
@@ -66,26 +66,36 @@ def _unloaded(stack: Stack, cell: Cell, plan: Plan) -> Sample:
 
 
 def _capacity(stack: Stack, cell: Cell, plan: Plan, samples: Samples) -> Sample:
-    """The highest load of the list that is carried, and what was seen at each that was tried."""
-    throughput = mean(
-        samples[f"throughput/{seed}/{cell.contender}"]["throughput_per_s"] for seed in plan.seeds
-    )
+    """The highest load that is carried, by bisection, and what was seen at each that was tried.
+
+    Loads above the contender's own throughput can't be carried and are not tried.
+    """
+    own = _throughput(cell.contender, plan, samples)
+    highest = max(_throughput(one.name, plan, samples) for one in plan.contenders)
+    loads = sorted(load for share in LOADS if (load := share * highest) <= own)
     unloaded = [one["p95_s"] for name, one in samples.items() if name.startswith("unloaded/")]
     limit_s = CARRIED * min(unloaded)
     tried = []
-    for share in LOADS:
-        load = share * throughput
-        trace = _trace(plan, load, cell.seed)
+    carried, too_high = -1, len(loads)
+    while too_high - carried > 1:
+        index = (carried + too_high) // 2
+        trace = _trace(plan, loads[index], cell.seed)
         served = stack.play_within(trace, limit_s=limit_s, max_late=round(0.05 * len(trace)))
-        if served is None:
-            tried.append({"load_per_s": load, "is_carried": False})
-            continue
-        figures = _figures(served)
-        is_carried = figures["p95_s"] <= limit_s
-        tried.append({**figures, "load_per_s": load, "is_carried": is_carried})
+        figures = _figures(served) if served else {}
+        is_carried = bool(figures) and figures["p95_s"] <= limit_s
+        tried.append({**figures, "load_per_s": loads[index], "is_carried": is_carried})
         if is_carried:
-            return {"capacity_per_s": load, "limit_s": limit_s, "tried": tried}
-    return {"capacity_per_s": 0.0, "limit_s": limit_s, "tried": tried}
+            carried = index
+        else:
+            too_high = index
+    capacity = loads[carried] if carried >= 0 else 0.0
+    return {"capacity_per_s": capacity, "limit_s": limit_s, "tried": tried}
+
+
+def _throughput(contender: str, plan: Plan, samples: Samples) -> float:
+    return mean(
+        samples[f"throughput/{seed}/{contender}"]["throughput_per_s"] for seed in plan.seeds
+    )
 
 
 def _trace(plan: Plan, load_per_s: float, seed: int) -> list[Arrival]:

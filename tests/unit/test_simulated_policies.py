@@ -32,8 +32,10 @@ def test_a_capacity_is_a_load_at_which_latencies_stay_near_the_unloaded_ones() -
         samples[cell.name] = measure(stack, cell, plan, samples)
     throughput, unloaded, capacity = samples.values()
     assert 0 < capacity["capacity_per_s"] < throughput["throughput_per_s"]
-    carried = capacity["tried"][-1]
+    tried = {one["load_per_s"]: one for one in capacity["tried"]}
+    carried = tried[capacity["capacity_per_s"]]
     assert carried["p95_s"] <= capacity["limit_s"]
+    assert not any(one["is_carried"] for load, one in tried.items() if load > carried["load_per_s"])
     assert capacity["limit_s"] == 3 * unloaded["p95_s"]
 
 
