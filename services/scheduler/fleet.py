@@ -98,10 +98,7 @@ class Fleet:
         return [unet for unet in self._unets.values() if unet.info.device_group == group]
 
     def _choose_profiles(self, device_group: str) -> None:
-        """Of a device's UNet workers, now that who shares it has changed.
-
-        Where one of its workers shares the device by turns, nothing is planned beside a slot.
-        """
+        """Of a device's UNet workers, now that who shares it has changed."""
         unets = [one for one in self._unets.values() if one.info.device_group == device_group]
         vaes = [one.info for one in self._vaes.values() if one.info.device_group == device_group]
         workers = [*(unet.info for unet in unets), *vaes]
@@ -109,4 +106,5 @@ class Fleet:
         for unet in unets:
             measured = unet.calibrated or matching_profile(self._profiles, unet.info)
             profile = measured or profile_in_short(unet.info, vaes)
+            unet.takes_turns = takes_turns
             unet.use_profile(profile.without_slots_beside() if takes_turns else profile)

@@ -217,7 +217,8 @@ class UnetWorker:
 
     durations: of its profile. slots: in flight, oldest first. turns: when a batch key had its last
     slot, by slot number. ledger: of the last slots and gaps, for the window behind. calibrated: the
-    profile that it was measured for while serving, where there is one.
+    profile that it was measured for while serving, where there is one. takes_turns: its device
+    computes for one process at a time, so nothing runs beside a slot.
     """
 
     info: WorkerInfo
@@ -231,6 +232,7 @@ class UnetWorker:
     outlook: Outlook | None = None
     calibrated: Profile | None = None
     num_slots: int = 0
+    takes_turns: bool = False
     is_draining: bool = False
     is_announced: bool = False
 

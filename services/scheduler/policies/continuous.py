@@ -88,6 +88,8 @@ class ContinuousSerial(WithoutThreshold):
 class ContinuousParallel(WithoutThreshold):
     """Decodes start whenever they arrive, beside the UNet: the usual design.
 
+    Where the device takes turns, so do they.
+
     uses_default_threads: leave both sides at the library's default instead of splitting cores.
     """
 
@@ -95,6 +97,8 @@ class ContinuousParallel(WithoutThreshold):
 
     def plan(self, view: GroupView) -> Plan:
         """Every decode at once, and slots without regard to them but for the thread split."""
+        if view.unet.takes_turns:
+            return ContinuousSerial(max_rows=self.max_rows, skips=self.skips).plan(view)
         threads = DEFAULT_THREADS if self.uses_default_threads else split_threads(view)
         is_busy = any(request.has_forwards_left for request in view.requests) or view.unet.slots
         vae_threads = threads.vae_beside if is_busy else threads.vae_alone

@@ -132,7 +132,8 @@ class SynerDiff:
     def _decode_alone(self, view: GroupView) -> Plan:
         """No step to run: every decode gets all of its chunks, to be run one after another."""
         queue = ChunkQueue(view.decodes, view.unet.profile)
-        return Plan(grants=queue.grant(sum(one.remaining for one in view.decodes)))
+        chunks = sum(one.remaining for one in view.decodes)
+        return Plan(grants=queue.grant(chunks, is_gap=view.unet.takes_turns))
 
 
 def _beside_slots_in_flight(
