@@ -75,6 +75,7 @@ def _print(diagnosis: Diagnosis) -> None:
         Text("This machine can serve.", style="bold green")
         if diagnosis.is_able
         else Text("This machine can't serve before what is missing is there.", style="bold red"),
+        sep="",
     )
 
 

@@ -20,6 +20,9 @@ def load_function(target: str, *, missing: str = "") -> Callable[..., Any]:
     Raises:
         ConfigurationError: Such a package is missing.
     """
+    from shared.logs import quiet_libraries  # noqa: PLC0415 (--help must not wait)
+
+    quiet_libraries()
     module_name, _, function_name = target.partition(":")
     try:
         module = importlib.import_module(module_name)

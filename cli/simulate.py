@@ -25,7 +25,7 @@ from services.scheduler.simulation.simulator import Simulation, SimulationSettin
 from services.scheduler.threshold import ThresholdRule
 from shared.errors import ConfigurationError
 
-ASSUMED = Path("profiles/assumed/a100-sd15.json")
+ASSUMED = Path(__file__).resolve().parents[1] / "profiles" / "assumed" / "a100-sd15.json"
 
 THRESHOLD_RULES = {
     "stepwise": ThresholdRule(),
@@ -46,7 +46,9 @@ class Run:
 
 
 def simulate(
-    profile: Annotated[Path, typer.Option(help="A profile's file.")] = ASSUMED,
+    profile: Annotated[
+        Path, typer.Option(help="A profile's file.", show_default="profiles/assumed/a100-sd15.json")
+    ] = ASSUMED,
     policy: Annotated[
         list[str] | None, typer.Option(help=f"Of {', '.join(POLICY_NAMES)}; may be repeated.")
     ] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import cast
 
@@ -50,9 +51,20 @@ def configure_logging(*, service: str, log_format: str, level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for chatty in ("diffusers", "transformers", "aiohttp.access", "PIL"):
+    for chatty in ("aiohttp.access", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    quiet_libraries()
     structlog.contextvars.bind_contextvars(service=service)
+
+
+def quiet_libraries() -> None:
+    """Keep diffusers and transformers from remarks on what is no error, here and in subprocesses.
+
+    They print them past our logging: on optional packages that nobody here needs, on prompts whose
+    cut we tell the client of. For before their import; a variable that is set already stays.
+    """
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
 
 
 def get_logger() -> structlog.stdlib.BoundLogger:

@@ -31,7 +31,7 @@ def make_app(gateway: Gateway) -> web.Application:
             web.post("/v1/images/generations", openai_api.generate),
             web.get("/v1/models", models_api.list_models),
             web.get("/v1/models/{model_id:.+}", models_api.show_model),
-            web.get("/v1/images/{request_id}", jobs_api.show_image),
+            web.get("/v1/images/{request_id:img_[^/]+}", jobs_api.show_image),
             web.get("/v1/requests/{request_id}", jobs_api.show_request),
             web.delete("/v1/requests/{request_id}", jobs_api.cancel_request),
             web.get("/healthz", _show_health),

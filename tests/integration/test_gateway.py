@@ -294,6 +294,15 @@ async def test_a_finished_request_keeps_its_state_when_it_is_cancelled(ready) ->
     assert status["total_s"] >= status["waited_s"] >= 0
 
 
+async def test_an_address_of_openais_is_not_taken_for_a_picture(ready) -> None:
+    async with ready.http.get(GENERATIONS) as response:
+        assert response.status == 405
+        assert response.headers["Allow"] == "POST"
+    async with ready.http.post("/v1/images/edits") as response:
+        assert response.status == 404
+        assert "/docs" in (await response.json())["error"]["message"]
+
+
 async def test_an_unknown_picture_is_404_and_an_expired_one_410(ready, backend) -> None:
     for name in ("img_none", "..%2f", "x" * 500):
         async with ready.http.get(f"/v1/images/{name}") as response:

@@ -119,6 +119,25 @@ def test_a_missing_extra_is_named() -> None:
         load_function("no_such_package:run", missing="pip install it")
 
 
+def test_libraries_remarks_are_off_for_commands_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        monkeypatch.setenv(name, "info")
+    monkeypatch.delenv("DIFFUSERS_VERBOSITY")
+    load_function("json:dumps")
+    assert os.environ["DIFFUSERS_VERBOSITY"] == "error"
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
+
+
+def test_a_simulation_finds_its_profile_from_any_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["simulate", "--rate", "1", "--duration", "4"])
+    assert result.exit_code == 0, result.output
+
+
 def test_a_generated_picture_lands_in_its_file(gateway_url: str, tmp_path: Path) -> None:
     path = tmp_path / "apple.webp"
     options = ["--steps", "4", "--seed", "9", "--url", gateway_url]

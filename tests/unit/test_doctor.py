@@ -112,6 +112,7 @@ def test_only_what_is_missing_makes_doctor_fail(
     table = CliRunner().invoke(app, ["doctor"])
     assert table.exit_code == exit_code
     assert "[GPU]" in table.output
+    assert any(line.startswith("This machine") for line in table.output.splitlines())
     answer = CliRunner().invoke(app, ["doctor", "--json"])
     assert answer.exit_code == exit_code
     assert json.loads(answer.output)["findings"][0]["verdict"] == verdict
