@@ -93,9 +93,8 @@ def _capacity(stack: Stack, cell: Cell, plan: Plan, samples: Samples) -> Sample:
 
 
 def _throughput(contender: str, plan: Plan, samples: Samples) -> float:
-    return mean(
-        samples[f"throughput/{seed}/{contender}"]["throughput_per_s"] for seed in plan.seeds
-    )
+    found = (samples[f"throughput/{one}/{contender}"]["throughput_per_s"] for one in plan.seeds)
+    return float(mean(found))
 
 
 def _trace(plan: Plan, load_per_s: float, seed: int) -> list[Arrival]:
