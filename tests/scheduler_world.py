@@ -193,6 +193,11 @@ class World:
         if twice:
             self.feed(message)
 
+    def settle(self) -> None:
+        """Deliver all mail; no slot runs and nothing is decoded."""
+        while self.mail:
+            self.deliver()
+
     def tick(self, seconds: float = 1.0) -> None:
         self.now += seconds
         self.feed(Tick())

@@ -108,8 +108,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Some rounds in which all goes well, so that requests get far before the next blow."""
         self.calm_since_blow += rounds
         for _ in range(rounds):
-            while self.world.mail:
-                self.world.deliver()
+            self.world.settle()
             for name in [name for name, unet in self.world.unets.items() if unet.slots]:
                 self.world.run_slot(name)
 

@@ -16,7 +16,7 @@ from services.scheduler.measurements import (
     complete_profile,
     list_measurements,
 )
-from services.scheduler.profile import Profile, SlotKind, profile_in_short
+from services.scheduler.profile import Profile, SlotKind, matching_profile, profile_in_short
 from shared import messages
 
 UNET = make_worker("unet", "u", "u-1")
@@ -100,7 +100,7 @@ def test_a_slot_is_slowed_while_chunks_run_and_no_longer() -> None:
         )
         for one in list_measurements(SHORT, UNET, VAE)
     }
-    profile = complete_profile(SHORT, found)
+    profile = complete_profile(SHORT, found, made_with="u-1")
     assert profile
     assert profile.source == "calibrated"
     of = {kind.chunks: kind for kind in profile.beside_kinds("64x64")}
@@ -112,16 +112,28 @@ def test_a_slot_is_slowed_while_chunks_run_and_no_longer() -> None:
     assert profile.slot_ms("64x64", 2, SlotKind(unet_threads=2)) == (20, 0)
 
 
+def test_a_profile_fits_the_worker_that_it_was_made_with_however_noisy_its_start_was() -> None:
+    noisy = replace(UNET, step_ms={rows: 10 * ms for rows, ms in UNET.step_ms.items()})
+    found = {
+        one: Measured(step_ms=10.0 * one.rows, chunk_ms=(6.0,) * 4)
+        for one in list_measurements(SHORT, UNET, VAE)
+    }
+    profile = complete_profile(SHORT, found, made_with=noisy.incarnation)
+    assert profile
+    assert matching_profile([profile], noisy) is profile
+    assert matching_profile([profile], replace(noisy, incarnation="u-2")) is None
+
+
 def test_what_could_not_be_measured_is_left_out() -> None:
     listed = list_measurements(SHORT, UNET, VAE)
     found = {
         one: Measured(step_ms=0.0 if one.rows > 4 else 9.0 * one.rows, chunk_ms=(6.0,) * 4)
         for one in listed
     }
-    profile = complete_profile(SHORT, found)
+    profile = complete_profile(SHORT, found, made_with="u-1")
     assert profile
     assert all(max(slot.step_ms) <= 4 for slot in profile.slots)
-    assert complete_profile(SHORT, dict.fromkeys(listed, Measured())) is None
+    assert complete_profile(SHORT, dict.fromkeys(listed, Measured()), made_with="u-1") is None
 
 
 # --- when ---------------------------------------------------------------------------------------
@@ -130,8 +142,7 @@ def test_what_could_not_be_measured_is_left_out() -> None:
 def test_idle_workers_are_measured_at_once_and_their_profile_is_kept() -> None:
     world = make_world()
     assert world.now == 0.0
-    while world.mail:
-        world.deliver()
+    world.settle()
     assert profile_of(world).source == "calibrated"
     assert profile_of(world).beside_kinds("64x64")
     kept = [one for _, _, found in world.log for one in found if isinstance(one, KeepProfile)]
@@ -142,8 +153,7 @@ def test_idle_workers_are_measured_at_once_and_their_profile_is_kept() -> None:
 @pytest.mark.parametrize("policy", ["static", "continuous-serial", "continuous-parallel"])
 def test_nothing_is_measured_for_a_policy_that_makes_no_use_of_it(policy: str) -> None:
     world = make_world(policy)
-    while world.mail:
-        world.deliver()
+    world.settle()
     assert num_turns(world) == 0
     assert profile_of(world).source == "short"
 
@@ -189,8 +199,7 @@ def test_slots_that_never_end_stop_no_request() -> None:
     world = make_world()
     deliver_until_measuring(world)
     world.submit(make_request("a", steps=50))
-    while world.mail:
-        world.deliver()
+    world.settle()
     (unet,) = world.unets.values()
     assert unet.slots
     # The next measurement is due, the slots in flight don't end: a second request goes on.
@@ -199,8 +208,7 @@ def test_slots_that_never_end_stop_no_request() -> None:
     begun = num_turns(world)
     (name,) = world.unets
     world.run_slot(name)
-    while world.mail:
-        world.deliver()
+    world.settle()
     assert num_turns(world) == begun
     assert len(unet.slots) == 2
 
@@ -218,8 +226,7 @@ def test_a_measurement_whose_decoder_is_lost_is_taken_again_with_another() -> No
     world.tick(PAUSE_S)
     again = [one for one in last_commands(world) if isinstance(one, messages.MeasureSlot)]
     assert [replace(one, number=asked.number) for one in again] == [asked]
-    while world.mail:
-        world.deliver()
+    world.settle()
     assert profile_of(world).source == "calibrated"
 
 
@@ -228,8 +235,7 @@ def test_a_measurement_whose_unet_is_lost_begins_anew_with_its_successor() -> No
     deliver_until_measuring(world)
     world.mail.clear()
     world.start_worker("unet", "unet-0")
-    while world.mail:
-        world.deliver()
+    world.settle()
     assert profile_of(world).source == "calibrated"
 
 
@@ -261,20 +267,17 @@ def test_an_answer_to_an_earlier_question_changes_nothing() -> None:
             )
         )
     assert num_turns(world) == begun
-    while world.mail:
-        world.deliver()
+    world.settle()
     for slot in profile_of(world).slots:
         assert max(slot.step_ms.values()) < 1_000.0
 
 
 def test_a_worker_like_one_that_was_measured_has_its_profile() -> None:
     world = make_world()
-    while world.mail:
-        world.deliver()
+    world.settle()
     begun = num_turns(world)
     world.start_worker("unet", "unet-1", group="other")
     world.start_worker("vae", "vae-1", group="other")
-    while world.mail:
-        world.deliver()
+    world.settle()
     assert num_turns(world) == begun
     assert {unet.profile.source for unet in world.core.unets.values()} == {"calibrated"}

@@ -16,14 +16,8 @@ def world(request: pytest.FixtureRequest) -> World:
     world = World(policy=request.param)
     world.start_worker("unet", "unet-0")
     world.start_worker("vae", "vae-0")
-    settle(world)
+    world.settle()
     return world
-
-
-def settle(world: World) -> None:
-    """Deliver all mail; no slot runs and nothing is decoded."""
-    while world.mail:
-        world.deliver()
 
 
 def only_unet(world: World) -> str:
@@ -32,18 +26,18 @@ def only_unet(world: World) -> str:
 
 def test_a_new_request_is_in_a_forward_at_the_latest_in_the_third_slot(world: World) -> None:
     world.submit(make_request("long", steps=20))
-    settle(world)
+    world.settle()
     unet = only_unet(world)
     for _ in range(3):
         world.run_slot(unet)
-        settle(world)
+        world.settle()
     world.submit(make_request("late", steps=5))
-    settle(world)
+    world.settle()
     assert world.core.requests["late"].stage is Stage.DENOISING
     slots_run = 0
     while not any(name == "late" for name, _, _ in world.ran):
         world.run_slot(unet)
-        settle(world)
+        world.settle()
         slots_run += 1
     assert slots_run <= 3
 
@@ -51,11 +45,11 @@ def test_a_new_request_is_in_a_forward_at_the_latest_in_the_third_slot(world: Wo
 def test_slots_are_filled_to_the_knee_oldest_first(world: World) -> None:
     for number in range(6):
         world.submit(make_request(f"r{number}", steps=9, submitted_at=float(number)))
-    settle(world)
+    world.settle()
     unet = only_unet(world)
     for _ in range(2):
         world.run_slot(unet)
-        settle(world)
+        world.settle()
     knee = world.core.unets[unet].profile.knee("64x64")
     slot = world.unets[unet].slots[-1]
     assert [row.request_id for row in slot.rows] == [f"r{n}" for n in range(knee // 2)]
@@ -65,14 +59,14 @@ def test_sizes_take_turns(world: World) -> None:
     for number in range(2):
         world.submit(make_request(f"small{number}", steps=9))
         world.submit(make_request(f"large{number}", steps=9, side=128))
-    settle(world)
+    world.settle()
     unet = only_unet(world)
     kinds = []
     for _ in range(10):
         rows = world.unets[unet].slots[0].rows
         kinds.append({row.request_id[:5] for row in rows})
         world.run_slot(unet)
-        settle(world)
+        world.settle()
     assert all(len(kind) == 1 for kind in kinds)
     # The first two were sent before the others had come.
     assert all(first != second for first, second in itertools.pairwise(kinds[1:]))
@@ -85,7 +79,7 @@ def test_a_serial_policy_never_runs_a_slot_beside_a_decode() -> None:
     for number in range(4):
         world.submit(make_request(f"r{number}", steps=number + 1))
     for _ in range(200):
-        settle(world)
+        world.settle()
         granted = [name for vae in world.vaes for name in world.decodable(vae)]
         queued = [name for name, unet in world.unets.items() if unet.slots]
         assert not (granted and queued)
@@ -98,23 +92,23 @@ def test_a_serial_policy_never_runs_a_slot_beside_a_decode() -> None:
 
 def test_a_cancelled_request_frees_its_rows_at_once(world: World) -> None:
     world.submit(make_request("gone", steps=20))
-    settle(world)
+    world.settle()
     unet = only_unet(world)
     world.run_slot(unet)
-    settle(world)
+    world.settle()
     world.cancel("gone")
-    settle(world)
+    world.settle()
     assert not world.unets[unet].held
     assert "gone" not in world.core.requests
 
 
 def test_a_restarted_scheduler_goes_on_at_the_step_where_a_request_is(world: World) -> None:
     world.submit(make_request("kept", steps=6))
-    settle(world)
+    world.settle()
     unet = only_unet(world)
     for _ in range(3):
         world.run_slot(unet)
-        settle(world)
+        world.settle()
     world.restart_scheduler()
     world.run_until_quiet()
     assert world.final["kept"] == "done"
@@ -123,7 +117,7 @@ def test_a_restarted_scheduler_goes_on_at_the_step_where_a_request_is(world: Wor
 
 def test_a_request_of_a_lost_worker_begins_again_elsewhere(world: World) -> None:
     world.submit(make_request("moved", steps=6))
-    settle(world)
+    world.settle()
     world.run_slot(only_unet(world))
     world.kill_worker(only_unet(world))
     world.start_worker("unet", "unet-1")
@@ -134,10 +128,10 @@ def test_a_request_of_a_lost_worker_begins_again_elsewhere(world: World) -> None
 
 def test_two_unet_workers_share_the_requests(world: World) -> None:
     world.start_worker("unet", "unet-1")
-    settle(world)
+    world.settle()
     for number in range(8):
         world.submit(make_request(f"r{number}", steps=5))
-    settle(world)
+    world.settle()
     assert all(unet.slots for unet in world.unets.values())
     assert len(world.unets) == 2
 
@@ -145,7 +139,7 @@ def test_two_unet_workers_share_the_requests(world: World) -> None:
 def test_only_as_many_requests_become_resident_as_keep_a_worker_busy(world: World) -> None:
     for number in range(40):
         world.submit(make_request(f"r{number}", steps=5))
-    settle(world)
+    world.settle()
     unet = world.core.unets[only_unet(world)]
     rows = sum(r.rows for r in world.core.requests.values() if r.stage is Stage.DENOISING)
     assert unet.profile.knee("64x64") <= rows <= 2 * unet.profile.knee("64x64") + 2
@@ -154,7 +148,7 @@ def test_only_as_many_requests_become_resident_as_keep_a_worker_busy(world: Worl
 def test_one_failure_in_a_slot_leaves_the_others_running(world: World) -> None:
     world.submit(make_request("bad", steps=5))
     world.submit(make_request("good", steps=5))
-    settle(world)
+    world.settle()
     unet = only_unet(world)
     slot = world.unets[unet].slots[0]
     attempt = world.attempts["bad"][-1]

@@ -14,20 +14,15 @@ def world() -> World:
     world = World()
     world.start_worker("unet", "unet-0")
     world.start_worker("vae", "vae-0")
-    deliver_all(world)
+    world.settle()
     return world
-
-
-def deliver_all(world: World) -> None:
-    while world.mail:
-        world.deliver()
 
 
 def denoise(world: World, unet: str, num_slots: int) -> None:
     for _ in range(num_slots):
-        deliver_all(world)
+        world.settle()
         world.run_slot(unet)
-    deliver_all(world)
+    world.settle()
 
 
 def test_a_request_goes_on_elsewhere_at_the_step_where_it_was_in_the_same_attempt(
@@ -39,7 +34,7 @@ def test_a_request_goes_on_elsewhere_at_the_step_where_it_was_in_the_same_attemp
     attempt = world.core.requests["r"].attempt
     world.start_worker("unet", "unet-1")
     world.drain_worker(old)
-    deliver_all(world)
+    world.settle()
     request = world.core.requests["r"]
     assert request.stage is Stage.DENOISING
     assert request.unet != old
@@ -57,7 +52,7 @@ def test_it_waits_for_a_worker_where_there_is_no_other(world: World) -> None:
     world.submit(make_request("r", steps=6))
     denoise(world, old, 2)
     world.drain_worker(old)
-    deliver_all(world)
+    world.settle()
     assert world.core.requests["r"].stage is Stage.WAITING
     assert old not in world.unets
     world.start_worker("unet", "unet-0")
@@ -71,7 +66,7 @@ def test_a_scheduler_s_restart_in_between_loses_no_step(world: World) -> None:
     world.submit(make_request("r", steps=6))
     denoise(world, old, 2)
     world.drain_worker(old)
-    deliver_all(world)
+    world.settle()
     world.restart_scheduler()
     world.start_worker("unet", "unet-0")
     world.run_until_quiet()
@@ -85,7 +80,7 @@ def test_a_sampler_whose_state_can_t_move_is_finished_where_it_is(world: World) 
     denoise(world, old, 2)
     world.start_worker("unet", "unet-1")
     world.drain_worker(old)
-    deliver_all(world)
+    world.settle()
     assert world.core.requests["r"].unet == old
     world.run_until_quiet()
     assert world.final == {"r": "done"}
@@ -98,7 +93,7 @@ def test_a_worker_that_drains_gets_nothing_new_and_is_told_so(world: World) -> N
     (vae,) = world.vaes
     for name in (old, vae):
         world.drain_worker(name)
-        deliver_all(world)
+        world.settle()
     assert not world.unets  # they held nothing, and left once they were told
     assert not world.vaes
     world.submit(make_request("r"))
@@ -111,7 +106,7 @@ def test_a_new_scheduler_learns_who_is_leaving(world: World) -> None:
     denoise(world, old, 2)
     world.drain_worker(old)
     world.restart_scheduler()
-    deliver_all(world)
+    world.settle()
     assert world.core.unets[old].is_draining
 
 
@@ -122,7 +117,7 @@ def test_a_vae_worker_finishes_its_decodes_before_it_leaves(world: World) -> Non
     denoise(world, unet, 1)
     assert world.core.requests["r"].stage is Stage.DECODING
     world.drain_worker(vae)
-    deliver_all(world)
+    world.settle()
     assert vae in world.vaes
     world.run_until_quiet()
     assert world.final == {"r": "done"}
@@ -136,7 +131,7 @@ def test_what_was_handed_back_twice_or_late_changes_nothing(world: World) -> Non
     world.start_worker("unet", "unet-1")
     world.drain_worker(old)
     late = next(m for m in world.mail if isinstance(m, messages.RequestHandedBack))
-    deliver_all(world)
+    world.settle()
     before = world.core.requests["r"].unet
     world.feed(late)
     assert world.core.requests["r"].unet == before

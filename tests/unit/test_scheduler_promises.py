@@ -35,13 +35,8 @@ def a_world(policy: str = "synerdiff", options: PolicyOptions | None = None) -> 
     world = World(policy=policy, options=options or PolicyOptions())
     world.start_worker("unet", "unet-0")
     world.start_worker("vae", "vae-0")
-    settle(world)
+    world.settle()
     return world
-
-
-def settle(world: World) -> None:
-    while world.mail:
-        world.deliver()
 
 
 def test_a_decode_waits_no_longer_than_its_bound_whatever_the_threshold() -> None:
@@ -51,7 +46,7 @@ def test_a_decode_waits_no_longer_than_its_bound_whatever_the_threshold() -> Non
     world.submit(make_request("short", steps=1))
     for number in range(4):
         world.submit(make_request(f"long{number}", steps=200))
-    settle(world)
+    world.settle()
     for _ in range(60):
         for name, unet in world.unets.items():
             if unet.slots:
@@ -59,7 +54,7 @@ def test_a_decode_waits_no_longer_than_its_bound_whatever_the_threshold() -> Non
         for vae in world.vaes:
             for request_id in world.decodable(vae):
                 world.decode(vae, request_id)
-        settle(world)
+        world.settle()
         world.tick(0.1)
         if "short" in world.final:
             break
@@ -96,11 +91,11 @@ def until_a_decode_comes(world: World) -> list[int]:
     """Numbers of the slots in flight then; one long request keeps the UNet busy."""
     world.submit(make_request("short", steps=1))
     world.submit(make_request("long", steps=50))
-    settle(world)
+    world.settle()
     unet = next(iter(world.unets))
     while not any(vae.decodes for vae in world.vaes.values()):
         world.run_slot(unet)
-        settle(world)
+        world.settle()
     return [slot.seq for slot in world.unets[unet].slots]
 
 
@@ -152,12 +147,12 @@ def test_one_worker_of_a_device_that_takes_turns_is_enough_for_all_until_it_leav
     world.start_worker("vae", "vae-0")
     world.start_worker("vae", "vae-1", runs_side_by_side=False)
     world.start_worker("vae", "vae-2", group="other device", runs_side_by_side=False)
-    settle(world)
+    world.settle()
     (unet,) = world.core.unets.values()
     assert not unet.profile.beside_kinds("64x64")
     (turns,) = [name for name in world.vaes if name.startswith("vae-1")]
     world.kill_worker(turns)
-    settle(world)
+    world.settle()
     assert unet.profile.beside_kinds("64x64")
 
 
@@ -166,13 +161,13 @@ def test_what_a_slot_took_beyond_its_plan_is_owed_by_the_next_ones() -> None:
     world.start_worker("unet", "unet-0")
     world.start_worker("vae", "vae-0")
     world.submit(make_request("one", steps=50))
-    settle(world)
+    world.settle()
     unet = next(iter(world.core.unets.values()))
     first = unet.slots[0].seq
     planned_ms = next(spent.ms for spent in unet.ledger if spent.seq == first)
     world.drift = 10.0
     world.run_slot(unet.info.incarnation)
-    settle(world)
+    world.settle()
     spent_ms = next(spent.ms for spent in unet.ledger if spent.seq == first)
     assert planned_ms == 20.0
     assert spent_ms == 100.0
@@ -205,13 +200,13 @@ def test_a_deadline_that_nobody_could_keep_is_refused_and_not_dropped() -> None:
 def test_a_picture_that_comes_late_says_so() -> None:
     world = a_world()
     world.submit(make_request("late", steps=3, deadline_ms=1_000))
-    settle(world)
+    world.settle()
     world.now += 5.0
     for _ in range(3):
         for name in list(world.unets):
             if world.unets[name].slots:
                 world.run_slot(name)
-        settle(world)
+        world.settle()
     decodes = [one for vae in world.vaes.values() for one in vae.decodes.values()]
     assert any("deadline" in text for text in decodes[0].command.warnings)
 
@@ -219,14 +214,14 @@ def test_a_picture_that_comes_late_says_so() -> None:
 def test_one_request_alone_skips_nothing() -> None:
     world = a_world()
     world.submit(make_request("alone", steps=12, guidance_skip="fast"))
-    settle(world)
+    world.settle()
     seen = []
     for _ in range(12):
         for name in list(world.unets):
             if world.unets[name].slots:
                 seen += [row.skip for row in world.unets[name].slots[0].rows]
                 world.run_slot(name)
-        settle(world)
+        world.settle()
     assert seen
     assert not any(seen)
 
@@ -234,10 +229,10 @@ def test_one_request_alone_skips_nothing() -> None:
 def test_a_lost_group_s_requests_go_on_elsewhere() -> None:
     world = a_world()
     world.start_worker("unet", "unet-1", group="other")
-    settle(world)
+    world.settle()
     for number in range(6):
         world.submit(make_request(f"r{number}", steps=5))
-    settle(world)
+    world.settle()
     held = {unet.info.worker_id: set(unet.held) for unet in world.unets.values()}
     assert all(held.values())
     world.kill_worker(next(name for name in world.unets if name.startswith("unet-1")))
