@@ -136,7 +136,7 @@ class Calibration:
         return (event.epoch, event.number) == (self._outbox.epoch, turn.number)
 
     def _needs_it(self, name: str, unet: UnetWorker) -> bool:
-        if unet.is_draining or name in self._given_up or not unet.info.runs_side_by_side:
+        if unet.is_draining or unet.takes_turns or name in self._given_up:
             return False
         return unet.profile.source == "short" and bool(unet.info.step_ms)
 
@@ -168,9 +168,7 @@ class Calibration:
         fitting = (
             vae
             for vae in self._vaes.values()
-            if (vae.info.device_group, vae.info.model_id) == wanted
-            and vae.info.runs_side_by_side
-            and not vae.is_draining
+            if (vae.info.device_group, vae.info.model_id) == wanted and not vae.is_draining
         )
         return next(fitting, None)
 
@@ -265,7 +263,7 @@ class Calibration:
 
     def _end_course(self, name: str, unet: UnetWorker, course: Course) -> None:
         del self._courses[name]
-        profile = complete_profile(unet.profile, course.found)
+        profile = complete_profile(unet.profile, course.found, made_with=name)
         if profile is None or course.todo:
             self._given_up.add(name)
         else:

@@ -84,9 +84,7 @@ class Fleet:
 
     def adopt(self, incarnation: str, profile: Profile) -> None:
         """Plan a UNet worker by what was measured with it, and others that it fits."""
-        unet = self._unets[incarnation]
-        unet.calibrated = profile
-        unet.drift = Drift()
+        self._unets[incarnation].drift = Drift()
         self._profiles = (*self._profiles, profile)
         for device_group in {one.info.device_group: None for one in self._unets.values()}:
             self._choose_profiles(device_group)
@@ -104,7 +102,7 @@ class Fleet:
         workers = [*(unet.info for unet in unets), *vaes]
         takes_turns = not all(one.runs_side_by_side for one in workers)
         for unet in unets:
-            measured = unet.calibrated or matching_profile(self._profiles, unet.info)
+            measured = matching_profile(self._profiles, unet.info)
             profile = measured or profile_in_short(unet.info, vaes)
             unet.takes_turns = takes_turns
             unet.use_profile(profile.without_slots_beside() if takes_turns else profile)

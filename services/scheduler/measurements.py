@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from services.scheduler.profile import (
+    MADE_WITH,
     SHORT_SPREAD,
     DecodeTiming,
     Profile,
@@ -101,10 +102,12 @@ def _window_ms(one: Measurement, profile: Profile, unet: WorkerInfo, vae: Worker
     return max(REPEATS * longest, MIN_WINDOW_MS)
 
 
-def complete_profile(profile: Profile, found: Mapping[Measurement, Measured]) -> Profile | None:
+def complete_profile(
+    profile: Profile, found: Mapping[Measurement, Measured], *, made_with: str
+) -> Profile | None:
     """The profile in short, with what was found in place of it; None if no slot beside chunks was.
 
-    A measurement that gave nothing is left out.
+    A measurement that gave nothing is left out. made_with: the UNet worker's incarnation.
     """
     key = profile.slots[0].key
     alone: dict[int, dict[int, float]] = {}
@@ -142,7 +145,7 @@ def complete_profile(profile: Profile, found: Mapping[Measurement, Measured]) ->
         slots=tuple(slots),
         decodes=tuple(decodes) or profile.decodes,
         source="calibrated",
-        notes={"by": "its workers, side by side, while serving"},
+        notes={"by": "its workers, side by side, while serving", MADE_WITH: made_with},
     )
 
 

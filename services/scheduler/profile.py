@@ -22,6 +22,9 @@ from statistics import fmean, median
 from shared.messages import WorkerInfo
 from shared.profile_files import ChunkGranularity
 
+MADE_WITH = "made with"
+"""Among the notes of a calibrated profile: the incarnation of its UNet worker."""
+
 KNEE_FRACTION = 0.95
 """The knee is the smallest batch with at least this share of the best throughput."""
 
@@ -308,7 +311,8 @@ def matching_profile(profiles: Sequence[Profile], unet: WorkerInfo) -> Profile |
     """The profile made for this worker's model, dtype, kind of device and threads, if not stale.
 
     Whether it is stale tells the worker's own measurement at its start: the profile may come from
-    another machine, or from before the model or the library changed.
+    another machine, or from before the model or the library changed. One that was made with this
+    very worker is not, however noisy its start was.
     """
     device = unet.device.partition(":")[0]
     wanted = (unet.model_id, unet.dtype, device)
@@ -317,7 +321,7 @@ def matching_profile(profiles: Sequence[Profile], unet: WorkerInfo) -> Profile |
         if (
             found == wanted
             and profile.threads in {0, unet.threads}
-            and not _is_stale(profile, unet)
+            and (profile.notes.get(MADE_WITH) == unet.incarnation or not _is_stale(profile, unet))
         ):
             return profile
     return None

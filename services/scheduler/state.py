@@ -216,9 +216,8 @@ class UnetWorker:
     """A UNet worker: what it said of itself, and what it has been sent.
 
     durations: of its profile. slots: in flight, oldest first. turns: when a batch key had its last
-    slot, by slot number. ledger: of the last slots and gaps, for the window behind. calibrated: the
-    profile that it was measured for while serving, where there is one. takes_turns: its device
-    computes for one process at a time, so nothing runs beside a slot.
+    slot, by slot number. ledger: of the last slots and gaps, for the window behind. takes_turns:
+    its device computes for one process at a time, so nothing runs beside a slot.
     """
 
     info: WorkerInfo
@@ -230,7 +229,6 @@ class UnetWorker:
     turns: dict[BatchKey, int] = field(default_factory=dict)
     ledger: deque[Spent] = field(default_factory=lambda: deque(maxlen=8))
     outlook: Outlook | None = None
-    calibrated: Profile | None = None
     num_slots: int = 0
     takes_turns: bool = False
     is_draining: bool = False
