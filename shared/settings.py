@@ -33,6 +33,8 @@ PolicyName = Literal[
     "synerdiff-without-feedback",
 ]
 
+SHIPPED_PROFILES = Path(__file__).resolve().parents[1] / "profiles"
+
 
 class ServiceSettings(BaseSettings):
     """What every service needs. metrics_port: 0 serves no metrics of its own.
@@ -103,7 +105,7 @@ class SchedulerSettings(ServiceSettings):
     threshold_first: float = Field(0.8, gt=0, le=1)
     threshold_min: float = Field(0.2, gt=0, le=1)
     max_decode_wait_s: float = Field(3.0, gt=0)
-    profiles: Path = Path("profiles")
+    profiles: Path = SHIPPED_PROFILES
     max_rows: int = Field(0, ge=0)
     max_attempts: int = Field(5, ge=1)
     recovery_s: float = Field(3.0, gt=0)
@@ -154,7 +156,7 @@ class VaeWorkerSettings(WorkerSettings):
     strips where memory is short.
     """
 
-    profiles: Path = Path("profiles")
+    profiles: Path = SHIPPED_PROFILES
     num_chunks: int | None = Field(None, ge=1, le=64)
     max_strip_fraction: float | None = Field(None, ge=0, le=1)
 

@@ -101,10 +101,10 @@ class SkipLevel:
 
 
 ASSUMED_SKIP_LEVELS: Mapping[str, SkipLevel] = {
-    "balanced": SkipLevel(rows_saved=0.32, psnr_mean_db=40.7, psnr_p5_db=34.9),
-    "fast": SkipLevel(rows_saved=0.38, psnr_mean_db=32.2, psnr_p5_db=29.1),
+    "balanced": SkipLevel(rows_saved=0.314, psnr_mean_db=40.1, psnr_p5_db=36.2),
+    "fast": SkipLevel(rows_saved=0.38, psnr_mean_db=31.7, psnr_p5_db=24.1),
 }
-"""Where a profile has none: six requests of a half-trained emoji model, 25 DDIM steps."""
+"""Where a profile has none: the embedded model's, by `synerdiff bench fidelity`."""
 
 
 @dataclass(frozen=True, kw_only=True)
