@@ -20,7 +20,8 @@ LATENT_CHANNELS = 8
 LATENT_SIZE = 16
 SCALE_FACTOR = PICTURE_SIZE // LATENT_SIZE
 WHOLE_PICTURES_FROM = 0.7  # of the training; crops before that
-MAX_LATENT_NOISE = 0.3  # standard deviation; latents have 1
+MAX_LATENT_NOISE = 0.3  # standard deviations; latents have 1
+MAX_LATENT_OFFSET = 0.3  # of a whole crop's
 SHARPNESS_WINDOW = 8  # pixels
 SHARPNESS_WEIGHT = 3.0
 CROPS = ((64, 4), (64, 4), (96, 2), (PICTURE_SIZE, 1))  # (pixels, rows) of like cost, in turn
@@ -131,7 +132,8 @@ def train_decoder(
     """Go on with the decoder alone, on fixed `latents` (N, 8, 16, 16), so no UNet must relearn.
 
     Crops are cut from the latents of whole pictures, as they are at inference, and made a little
-    noisy, as generated ones are: so the decoder learns to keep whites white and edges sharp.
+    noisy and a little off as a whole, as generated ones are (their background by 0.1 to 0.3): so
+    the decoder learns to keep whites white and edges sharp.
     """
     vae.requires_grad_(requires_grad=False)
     vae.decoder.requires_grad_(requires_grad=True)
@@ -157,6 +159,8 @@ def train_decoder(
         )
         noise = torch.randn(crops.shape, generator=draws.generator)
         crops += MAX_LATENT_NOISE * draws.random.random() * noise
+        offset = torch.randn(rows, LATENT_CHANNELS, 1, 1, generator=draws.generator)
+        crops += MAX_LATENT_OFFSET * draws.random.random() * offset
         reconstruction = vae.decode(crops.to(memory_format=torch.channels_last)).sample
         targets = to_unit_range(pictures)
         return reconstruction_loss(reconstruction, targets) + SHARPNESS_WEIGHT * sharpness_loss(
