@@ -101,7 +101,7 @@ class SchedulerSettings(ServiceSettings):
     says.
     """
 
-    policy: PolicyName = "continuous-parallel"
+    policy: PolicyName = "synerdiff"
     threshold_first: float = Field(0.8, gt=0, le=1)
     threshold_min: float = Field(0.2, gt=0, le=1)
     max_decode_wait_s: float = Field(3.0, gt=0)
