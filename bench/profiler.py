@@ -209,7 +209,7 @@ def profile(  # noqa: PLR0917 - options of a command
     longest_chunk: Annotated[
         float, typer.Option(min=0, max=1, help="Share of a decode that no chunk should exceed.")
     ] = 0.4,
-    repeats: Annotated[int, typer.Option(min=2)] = 9,
+    repeats: Annotated[int, typer.Option(min=2)] = 25,
     size: Annotated[
         list[str] | None,
         typer.Option(help="WxH in pixels, as often as you like; by default the model's own."),
