@@ -13,7 +13,6 @@ import itertools
 import random
 import time
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 from bench.plan_problems import agrees, brute_force, random_problem
@@ -26,8 +25,9 @@ from services.scheduler.policies import make_policy
 from services.scheduler.profile_file import parse_profile
 from shared import codec
 from shared.messages import DenoiseSlot
+from shared.settings import SHIPPED_PROFILES
 
-PROFILE = Path(__file__).parent.parent / "profiles" / "assumed" / "a100-sd15.json"
+PROFILE = SHIPPED_PROFILES / "assumed" / "a100-sd15.json"
 """Beside kinds of four sizes: the most options a window can have."""
 
 NUM_ACTIVE = 64

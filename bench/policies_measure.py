@@ -7,7 +7,8 @@ from dataclasses import replace
 from statistics import mean
 from typing import Any, Final, Protocol
 
-from bench.policies_cells import Cell, Plan, Samples
+from bench.contenders import BY_NAME
+from bench.policies_cells import Cell, Plan, Samples, throughput
 from bench.real_stack import Served
 from bench.report import percentile
 from services.scheduler.simulation.arrivals import Arrival, make_arrivals
@@ -70,8 +71,8 @@ def _capacity(stack: Stack, cell: Cell, plan: Plan, samples: Samples) -> Sample:
 
     Loads above the contender's own throughput can't be carried and are not tried.
     """
-    own = _throughput(cell.contender, plan, samples)
-    highest = max(_throughput(one.name, plan, samples) for one in plan.contenders)
+    own = throughput(BY_NAME[cell.contender], plan, samples)
+    highest = max(throughput(one, plan, samples) for one in plan.contenders)
     loads = sorted(load for share in LOADS if (load := share * highest) <= own)
     unloaded = [one["p95_s"] for name, one in samples.items() if name.startswith("unloaded/")]
     limit_s = CARRIED * min(unloaded)
@@ -90,11 +91,6 @@ def _capacity(stack: Stack, cell: Cell, plan: Plan, samples: Samples) -> Sample:
             too_high = index
     capacity = loads[carried] if carried >= 0 else 0.0
     return {"capacity_per_s": capacity, "limit_s": limit_s, "tried": tried}
-
-
-def _throughput(contender: str, plan: Plan, samples: Samples) -> float:
-    found = (samples[f"throughput/{one}/{contender}"]["throughput_per_s"] for one in plan.seeds)
-    return float(mean(found))
 
 
 def _trace(plan: Plan, load_per_s: float, seed: int) -> list[Arrival]:

@@ -24,8 +24,9 @@ from services.scheduler.simulation.log import SimulationLog
 from services.scheduler.simulation.simulator import Simulation, SimulationSettings
 from services.scheduler.threshold import ThresholdRule
 from shared.errors import ConfigurationError
+from shared.settings import SHIPPED_PROFILES
 
-ASSUMED = Path(__file__).resolve().parents[1] / "profiles" / "assumed" / "a100-sd15.json"
+ASSUMED = SHIPPED_PROFILES / "assumed" / "a100-sd15.json"
 
 THRESHOLD_RULES = {
     "stepwise": ThresholdRule(),

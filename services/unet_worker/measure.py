@@ -45,11 +45,7 @@ def measure(
     medians_ms = {}
     for num_rows in row_counts:
         _forward_zeros(model, num_rows, height, width)
-        durations_s = []
-        for _ in range(num_repeats):
-            started_at = time.perf_counter()
-            _forward_zeros(model, num_rows, height, width)
-            durations_s.append(time.perf_counter() - started_at)
+        durations_s = [_forward_s(model, num_rows, height, width) for _ in range(num_repeats)]
         medians_ms[num_rows] = statistics.median(durations_s) * 1e3
     return medians_ms
 
@@ -58,13 +54,14 @@ def measure_for(
     model: DiffusionModel, window_s: float, *, rows: int, size: tuple[int, int]
 ) -> float:
     """Median milliseconds of a forward, one after another for so long, at `size` in pixels."""
+    durations_s = sample_for(window_s, lambda: _forward_s(model, rows, *size))
+    return statistics.median(durations_s) * 1e3
 
-    def forward_s() -> float:
-        started_at = time.perf_counter()
-        _forward_zeros(model, rows, *size)
-        return time.perf_counter() - started_at
 
-    return statistics.median(sample_for(window_s, forward_s)) * 1e3
+def _forward_s(model: DiffusionModel, num_rows: int, height: int, width: int) -> float:
+    started_at = time.perf_counter()
+    _forward_zeros(model, num_rows, height, width)
+    return time.perf_counter() - started_at
 
 
 @torch.inference_mode()
