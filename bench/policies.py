@@ -61,7 +61,7 @@ def run(  # noqa: PLR0917 - options of a command
     with _simulated_stacks(profile) if simulated else _real_stacks(profile_path) as stack_of:
         while todo := repeated or next_cells(plan, samples, only_missing=True):
             one = todo[0]
-            sample = measure(stack_of(one), one, plan, samples)
+            sample = measure(stack_of(one), one, plan, samples, profile)
             samples[one.name] = {**sample, "at": machine()["commit"]}
             samples_path.write_text(json.dumps(samples) + "\n")
             shown = {key: value for key, value in sample.items() if key not in {"served", "tried"}}
@@ -82,19 +82,14 @@ def run(  # noqa: PLR0917 - options of a command
 
 
 StackOf = Callable[[Cell], Stack]
-"""The stack of a cell, serving by the cell's policy."""
+"""The stack of a cell."""
 
 
 @contextlib.contextmanager
 def _simulated_stacks(profile: Profile) -> Iterator[StackOf]:
     """One simulator for all."""
     stack = SimulatedStack(profile)
-
-    def stack_of(cell: Cell) -> Stack:
-        stack.serve_by(BY_NAME[cell.contender].policy)
-        return stack
-
-    yield stack_of
+    yield lambda _: stack
 
 
 @contextlib.contextmanager
@@ -104,14 +99,12 @@ def _real_stacks(profile: Path) -> Iterator[StackOf]:
         running: dict[bool, Stack] = {}
 
         def stack_of(cell: Cell) -> Stack:
-            contender = BY_NAME[cell.contender]
-            is_default = contender.has_default_threads
+            is_default = BY_NAME[cell.contender].has_default_threads
             if is_default not in running:
                 environment = {} if is_default else WORKER_ENVIRONMENT
                 running[is_default] = all_of_them.enter_context(
                     real_stack(profile=profile, worker_environment=environment)
                 )
-            running[is_default].serve_by(contender.policy)
             return running[is_default]
 
         yield stack_of

@@ -36,7 +36,7 @@ class Plan:
     def full(cls, seed: int, *, num_seeds: int, num_requests: int) -> Plan:
         """Every contender, several seeds."""
         seeds = tuple(range(seed, seed + num_seeds))
-        return cls(seeds=seeds, num_requests=num_requests, num_in_backlog=72)
+        return cls(seeds=seeds, num_requests=num_requests, num_in_backlog=120)
 
     @classmethod
     def quick(cls, seed: int) -> Plan:
@@ -45,9 +45,9 @@ class Plan:
             seeds=(seed,),
             contenders=(NAIVE, TUNED[-1], EQUAL_SKIP[-1], SYNERDIFF),
             num_requests=0,
-            num_in_backlog=12,
+            num_in_backlog=48,
             has_loads=False,
-            mix=Mix(num_steps=(4, 6, 8, 12)),
+            mix=Mix(num_steps=(4, 6, 8)),
         )
 
 
@@ -67,10 +67,14 @@ class Cell:
         return f"{self.kind}/{self.seed}/{self.contender}{at}"
 
     def load(self, samples: Samples) -> float:
-        """Requests a second, of a latency cell: 0.9 of the baseline's capacity; all of naive's."""
-        share = 1.0 if self.against == NAIVE.name else 0.9
+        """Requests a second, of a latency cell: 0.9 of the baseline's capacity.
+
+        Of the naive one all that it can just carry: its throughput.
+        """
+        if self.against == NAIVE.name:
+            return throughput(NAIVE, samples)
         first = min(int(name.split("/")[1]) for name in samples if name.startswith("capacity/"))
-        return share * float(samples[f"capacity/{first}/{self.against}"]["capacity_per_s"])
+        return 0.9 * float(samples[f"capacity/{first}/{self.against}"]["capacity_per_s"])
 
 
 def best_of(contenders: Sequence[Contender], plan: Plan, samples: Samples) -> Contender:
@@ -79,17 +83,17 @@ def best_of(contenders: Sequence[Contender], plan: Plan, samples: Samples) -> Co
 
     def order(one: Contender) -> tuple[float, float]:
         capacity = samples.get(f"capacity/{plan.seeds[0]}/{one.name}", {"capacity_per_s": 0.0})
-        return float(capacity["capacity_per_s"]), throughput(one, plan, samples)
+        return float(capacity["capacity_per_s"]), throughput(one, samples)
 
     return max(taking_part, key=order)
 
 
-def throughput(contender: Contender, plan: Plan, samples: Samples) -> float:
+def throughput(contender: Contender, samples: Samples) -> float:
     """The median over the seeds that were measured, in pictures a second."""
     found = [
-        samples[name]["throughput_per_s"]
-        for seed in plan.seeds
-        if (name := f"throughput/{seed}/{contender.name}") in samples
+        sample["throughput_per_s"]
+        for name, sample in samples.items()
+        if name.startswith("throughput/") and name.split("/", 2)[2] == contender.name
     ]
     return float(median(found)) if found else 0.0
 
@@ -118,8 +122,7 @@ def _cells_at_loads(plan: Plan, samples: Samples) -> list[Cell]:
         for one in (baseline, SYNERDIFF)
     ]
     without_parts = [
-        Cell(kind="latency", seed=seed, contender=one.name, against=best.name)
-        for seed in plan.seeds
+        Cell(kind="latency", seed=plan.seeds[0], contender=one.name, against=best.name)
         for one in WITHOUT
     ]
     return capacities + latencies + without_parts

@@ -11,10 +11,14 @@ from bench.contenders import BY_NAME
 from bench.policies_cells import Cell, Plan, Samples, throughput
 from bench.real_stack import Served
 from bench.report import percentile
+from services.scheduler.profile import Profile
 from services.scheduler.simulation.arrivals import Arrival, make_arrivals
 
-LOADS: Final = tuple(1.04**-power for power in range(40))
+LOADS: Final = tuple(1.05**-power for power in range(40))
 """Tried for the capacity, of the highest throughput of any contender: the same loads for all."""
+
+LEAST_SHARE: Final = 0.4
+"""Of a contender's own throughput; lower loads are not tried, and its capacity then counts as 0."""
 
 CARRIED: Final = 3.0
 """A load is carried where P95 latency stays within so many times the least unloaded one of any
@@ -29,6 +33,10 @@ class Stack(Protocol):
     def serve_by(self, policy: str) -> None:
         """Serve by that policy from now on."""
 
+    def slot_ms(self, *, size: str, rows: int, threads: int) -> float:
+        """Median of slots alone, of dummy rows, taken now; nothing serves meanwhile or after."""
+        ...
+
     def play(self, arrivals: Sequence[Arrival]) -> list[Served]:
         """Serve every request at its time."""
         ...
@@ -40,14 +48,16 @@ class Stack(Protocol):
         ...
 
 
-def measure(stack: Stack, cell: Cell, plan: Plan, samples: Samples) -> Sample:
-    """Of a stack that serves by the cell's contender already. samples: of earlier cells."""
+def measure(stack: Stack, cell: Cell, plan: Plan, samples: Samples, profile: Profile) -> Sample:
+    """One cell. samples: of earlier ones. profile: of the device."""
+    policy = BY_NAME[cell.contender].policy
+    if cell.kind == "throughput":
+        before = slowdown(stack, profile)
+        stack.serve_by(policy)
+        figures = _throughput(stack, cell, plan)
+        return {**figures, "slowdown": mean((before, slowdown(stack, profile)))}
+    stack.serve_by(policy)
     match cell.kind:
-        case "throughput":
-            backlog = make_arrivals(
-                "backlog", rate=plan.num_in_backlog, duration_s=1, mix=plan.mix, seed=cell.seed
-            )
-            return _figures(stack.play(backlog))
         case "unloaded":
             return _unloaded(stack, cell, plan)
         case "capacity":
@@ -55,6 +65,21 @@ def measure(stack: Stack, cell: Cell, plan: Plan, samples: Samples) -> Sample:
         case _:
             load = cell.load(samples)
             return _figures(stack.play(_trace(plan, load, cell.seed))) | {"load_per_s": load}
+
+
+def slowdown(stack: Stack, profile: Profile) -> float:
+    """How much longer a full slot alone takes now than when the profile was measured."""
+    size = profile.slots[0].key
+    rows, kind = profile.knee(size), profile.alone_kind(size)
+    now_ms = stack.slot_ms(size=size, rows=rows, threads=kind.unet_threads)
+    return now_ms / profile.slot_ms(size, rows, kind)[0]
+
+
+def _throughput(stack: Stack, cell: Cell, plan: Plan) -> Sample:
+    """From a standing backlog."""
+    count = plan.num_in_backlog
+    backlog = make_arrivals("backlog", rate=count, duration_s=1, mix=plan.mix, seed=cell.seed)
+    return _figures(stack.play(backlog))
 
 
 def _unloaded(stack: Stack, cell: Cell, plan: Plan) -> Sample:
@@ -69,11 +94,12 @@ def _unloaded(stack: Stack, cell: Cell, plan: Plan) -> Sample:
 def _capacity(stack: Stack, cell: Cell, plan: Plan, samples: Samples) -> Sample:
     """The highest load that is carried, by bisection, and what was seen at each that was tried.
 
-    Loads above the contender's own throughput can't be carried and are not tried.
+    Loads above the contender's own throughput can't be carried and are not tried, nor those below
+    `LEAST_SHARE` of it.
     """
-    own = throughput(BY_NAME[cell.contender], plan, samples)
-    highest = max(throughput(one, plan, samples) for one in plan.contenders)
-    loads = sorted(load for share in LOADS if (load := share * highest) <= own)
+    own = throughput(BY_NAME[cell.contender], samples)
+    highest = max(throughput(one, samples) for one in plan.contenders)
+    loads = sorted(load for share in LOADS if LEAST_SHARE * own <= (load := share * highest) <= own)
     unloaded = [one["p95_s"] for name, one in samples.items() if name.startswith("unloaded/")]
     limit_s = CARRIED * min(unloaded)
     tried = []

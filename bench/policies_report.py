@@ -63,18 +63,21 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def _attained(plan: Plan, samples: Samples, profile: Profile) -> float | None:
-    """Synerdiff's throughput over what the profile allows for the rows and decodes it ran."""
+    """Synerdiff's throughput over what the profile allows for the rows and decodes it ran.
+
+    The device's speed right before and after each run counts, as the slowdown since the profile.
+    """
     shares = []
     for seed in plan.seeds:
         sample = samples.get(f"throughput/{seed}/{SYNERDIFF.name}")
         if sample:
             least_s = ceiling_s(profile, num_rows=sample["rows_per_picture"], num_decodes=1)
-            shares.append(sample["throughput_per_s"] * least_s)
+            shares.append(sample["throughput_per_s"] * least_s * sample["slowdown"])
     return _median(shares)
 
 
 def _contender(one: Contender, plan: Plan, samples: Samples) -> dict[str, Any]:
-    found: dict[str, Any] = {"throughput_per_s": throughput(one, plan, samples)}
+    found: dict[str, Any] = {"throughput_per_s": throughput(one, samples)}
     rates = [
         samples[name]["throughput_per_s"]
         for seed in plan.seeds

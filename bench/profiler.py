@@ -31,8 +31,8 @@ from shared.device import choose_device, choose_dtype
 from shared.profile_files import ChunkGranularity
 from shared.settings import available_threads
 
-ROWS = (1, 2, 4, 6, 8, 12, 16)
-SHORT_ROWS = (1, 2, 4, 8, 16)
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32)
+SHORT_ROWS = (1, 2, 4, 8, 16, 24)
 SHORT_REPEATS = 3
 
 STRIP_FRACTIONS = (0.0, 0.25, 0.1)

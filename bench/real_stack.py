@@ -30,8 +30,10 @@ from cli.stack import WORKER_ENVIRONMENT, Stack, StackOptions, prepare_stack
 from cli.supervisor import Service
 from services.scheduler.simulation.arrivals import Arrival
 from shared import codec, keys
+from shared.messages import MeasureSlot, SlotMeasured, WorkerInfo
 
 START_TIMEOUT_S: Final = 600.0
+SLOT_WINDOW_MS: Final = 1_000.0
 PROMPTS: Final = ("red apple", "cat face", "rocket", "sunflower", "pizza")
 
 
@@ -81,6 +83,47 @@ class RealStack:
                     environment.pop(name, None)
                 environment |= worker_environment
             self._launch(service, environment)
+
+    def slot_ms(self, *, size: str, rows: int, threads: int) -> float:
+        """Median of slots alone, of dummy rows, in the UNet worker. The scheduler is ended.
+
+        Raises:
+            GatewayError: The worker did not answer.
+        """
+        self._end("scheduler")
+        height, _, width = size.partition("x")
+        self._redis.delete(keys.SCHEDULER)
+        command = MeasureSlot(
+            epoch=time.time_ns(),
+            number=0,
+            height=int(height),
+            width=int(width),
+            rows=rows,
+            threads=threads,
+            window_ms=SLOT_WINDOW_MS,
+        )
+        self._redis.xadd(keys.control(self._unet_worker()), {"m": codec.encode(command)})
+        deadline = time.monotonic() + START_TIMEOUT_S
+        position = b"0"
+        while time.monotonic() < deadline:
+            for _, entries in self._redis.xread({keys.SCHEDULER: position}, block=200) or []:
+                for position, fields in entries:  # noqa: B007 - the last one is where to go on
+                    message = codec.decode(fields[b"m"])
+                    if isinstance(message, SlotMeasured):
+                        return message.step_ms
+        raise GatewayError(f"no slot was measured:\n{self._log([])}")
+
+    def _unet_worker(self) -> str:
+        """The incarnation of one that is ready."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            for name in self._redis.smembers(keys.WORKERS):
+                payload = self._redis.get(keys.worker(name.decode()))
+                info = codec.decode_value(payload, WorkerInfo) if payload else None
+                if info and info.kind == "unet":
+                    return info.incarnation
+            time.sleep(0.1)
+        raise GatewayError(f"no UNet worker came up:\n{self._log([])}")
 
     def serve_by(self, policy: str) -> None:
         """End the scheduler and start one with that policy; return once pictures can be made.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from bench.real_stack import Served
 from services.scheduler.policies import make_policy
 from services.scheduler.policy import Policy
-from services.scheduler.profile import Profile
+from services.scheduler.profile import Profile, SlotKind
 from services.scheduler.simulation.arrivals import Arrival
 from services.scheduler.simulation.simulator import Simulation, SimulationSettings
 
@@ -22,6 +22,10 @@ class SimulatedStack:
     def serve_by(self, policy: str) -> None:
         """Serve by that policy from now on."""
         self._policy = make_policy(policy)
+
+    def slot_ms(self, *, size: str, rows: int, threads: int) -> float:
+        """As the profile says."""
+        return self._profile.slot_ms(size, rows, SlotKind(unet_threads=threads))[0]
 
     def play(self, arrivals: Sequence[Arrival]) -> list[Served]:
         """Serve every request at its time."""

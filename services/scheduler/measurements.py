@@ -21,8 +21,8 @@ from services.scheduler.profile import (
 )
 from shared.messages import WorkerInfo
 
-ALONE_ROWS = (1, 2, 4, 8, 16)
-BESIDE_ROWS = (2, 4, 8, 16)
+ALONE_ROWS = (1, 2, 4, 8, 16, 24)
+BESIDE_ROWS = (2, 8, 16, 24)
 BESIDE_CHUNKS = (1, 2, 4, 8)
 
 MIN_WINDOW_MS = 250.0

@@ -219,11 +219,12 @@ def chunk_price(stages: Iterable[Sequence[Option]], num_delayed: float) -> float
 def _skips_on_offer(
     times: Times, batch: Batch, candidates: Sequence[Skippable], num_waiting: float
 ) -> dict[int, float]:
-    """No skips, half of them, all; with the price, less what the saved time is worth."""
+    """As few skips as may be, all, and half way; with the price, less what their time is worth."""
     size, rows = batch.key.size, batch.rows
+    least, most = min(batch.min_skips, len(candidates)), len(candidates)
     prices = tuple(accumulate((one.price for one in candidates), initial=0.0))
     offers = {}
-    for skips in sorted({0, (len(candidates) + 1) // 2, len(candidates)}):
+    for skips in sorted({least, (least + most + 1) // 2, most}):
         saved_ms = times.alone_ms(size, rows) - times.alone_ms(size, rows - skips)
         mean_price = prices[skips] / skips if skips else 0.0
         offers[skips] = saved_ms * (mean_price - num_waiting)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -60,21 +60,35 @@ def by_fair_share(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """The requests of one slot, most urgent first. rows: of a full step of all of them."""
+    """The requests of one slot, most urgent first.
+
+    rows: of a full step of all of them. min_skips: of them, that must be skipped for the slot to
+    keep its limit.
+    """
 
     key: BatchKey
     requests: tuple[Request, ...]
     rows: int
+    min_skips: int = 0
 
 
 def pack_batches(
-    requests: Sequence[Request], unet: UnetWorker, now: float, *, max_rows: int, num_slots: int
+    requests: Sequence[Request],
+    unet: UnetWorker,
+    now: float,
+    *,
+    max_rows: int,
+    num_slots: int,
+    may_skip: Collection[str] = (),
 ) -> list[Batch]:
     """The batches of the next slots: batch keys take turns, each filled to the knee.
 
     The batch key that has waited longest (in slots) goes first, so with K keys each has a slot at
     least every K slots. A later slot of the same key repeats its batch, without those whose steps
     are over by then: the next plan will know who fills their places.
+
+    may_skip: ids of requests whose next step may be skipped. Where not all requests fit in full,
+    these take one row only, and others have the place.
     """
     candidates: dict[BatchKey, list[Request]] = {}
     for request in requests:
@@ -90,7 +104,7 @@ def pack_batches(
         turn = i // len(keys)
         if turn == 0:
             limit = max(MIN_ROWS, max_rows or unet.profile.knee(key.size))
-            firsts[key] = _fill(key, by_urgency(candidates[key], now), limit)
+            firsts[key] = _fill(key, by_urgency(candidates[key], now), limit, may_skip)
             batches.append(firsts[key])
             continue
         lasting = tuple(
@@ -102,17 +116,23 @@ def pack_batches(
         # Where others wait they fill the gaps, so the slot stays as large.
         is_contended = len(candidates[key]) > len(firsts[key].requests)
         rows = firsts[key].rows if is_contended else rows
-        batches.append(Batch(key=key, requests=lasting, rows=rows))
+        batches.append(Batch(key=key, requests=lasting, rows=rows, min_skips=firsts[key].min_skips))
     return batches
 
 
-def _fill(key: BatchKey, requests: Sequence[Request], limit: int) -> Batch:
+def _fill(
+    key: BatchKey, requests: Sequence[Request], limit: int, may_skip: Collection[str]
+) -> Batch:
+    if sum(one.rows for one in requests) <= limit:
+        may_skip = ()
     chosen: list[Request] = []
     used = 0
     for request in requests:
-        if used + request.rows <= limit:
+        rows = 1 if request.request_id in may_skip else request.rows
+        if used + rows <= limit:
             chosen.append(request)
-            used += request.rows
+            used += rows
             if used == limit:
                 break
-    return Batch(key=key, requests=tuple(chosen), rows=used)
+    rows = sum(one.rows for one in chosen)
+    return Batch(key=key, requests=tuple(chosen), rows=rows, min_skips=max(rows - limit, 0))

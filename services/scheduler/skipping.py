@@ -36,6 +36,13 @@ def may_skip_next(request: Request) -> bool:
     return request.has_skipped_before or request.skip_steps > request.slots_in_flight
 
 
+def skippable_next(requests: Iterable[Request], profile: Profile) -> frozenset[str]:
+    """Whose next step may be skipped, by id."""
+    return frozenset(
+        one.request_id for one in requests if may_skip_next(one) and skip_credits(one, profile)
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skippable:
     """A request whose guidance may be skipped.

@@ -44,8 +44,8 @@ from shared.tensor_pool import TensorPool
 from shared.worker import ComputeThread, WorkerLink, find_place
 from shared.worker_id import make_incarnation, make_worker_id
 
-PROFILE_ROWS = (1, 2, 4, 8, 16)
-"""Slot sizes measured at the start; the scheduler finds the knee among them."""
+PROFILE_ROWS = (1, 2, 4, 8, 16, 24)
+"""Slot sizes measured at the start, up to the first without gain; the knee is among them."""
 
 log = get_logger()
 
@@ -114,7 +114,7 @@ class UnetWorkerService:
             model, max_requests=settings.max_requests, max_side=settings.max_side
         )
         step_ms = self._denoiser.measure(PROFILE_ROWS)
-        self._denoiser.warm_up(settings.sizes_to_warm_up, PROFILE_ROWS)
+        self._denoiser.warm_up(settings.sizes_to_warm_up, tuple(step_ms))
         if settings.transport == "auto":
             self._pool = TensorPool(
                 self._link.incarnation,

@@ -9,7 +9,7 @@ import pytest
 from bench.contenders import SYNERDIFF
 from bench.plan import PROFILE
 from bench.policies_cells import Cell, Plan
-from bench.policies_measure import measure
+from bench.policies_measure import Sample, measure
 from bench.simulated_stack import SimulatedStack
 from services.scheduler.profile_file import parse_profile
 from services.scheduler.simulation.arrivals import Mix, make_arrivals
@@ -24,13 +24,14 @@ def test_a_capacity_is_a_load_at_which_latencies_stay_near_the_unloaded_ones() -
         num_unloaded=6,
         mix=Mix(num_steps=(4, 6, 8)),
     )
-    stack = SimulatedStack(parse_profile(PROFILE.read_text()))
-    stack.serve_by(SYNERDIFF.policy)
-    samples = {}
+    profile = parse_profile(PROFILE.read_text())
+    stack = SimulatedStack(profile)
+    samples: dict[str, Sample] = {}
     for kind in ("throughput", "unloaded", "capacity"):
         cell = Cell(kind=kind, seed=0, contender=SYNERDIFF.name)
-        samples[cell.name] = measure(stack, cell, plan, samples)
+        samples[cell.name] = measure(stack, cell, plan, samples, profile)
     throughput, unloaded, capacity = samples.values()
+    assert throughput["slowdown"] == 1.0
     assert 0 < capacity["capacity_per_s"] < throughput["throughput_per_s"]
     tried = {one["load_per_s"]: one for one in capacity["tried"]}
     carried = tried[capacity["capacity_per_s"]]

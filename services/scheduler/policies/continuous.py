@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.scheduler.packing import pack_batches
@@ -16,32 +17,29 @@ from services.scheduler.policy import (
     make_rows,
 )
 from services.scheduler.profile import SlotKind
-from services.scheduler.skipping import may_skip_next, skip_credits
+from services.scheduler.skipping import skippable_next
 from services.scheduler.state import Request
 
 
-def skippable(view: GroupView, requests: tuple[Request, ...]) -> frozenset[str]:
+def skippable(view: GroupView, requests: Sequence[Request]) -> frozenset[str]:
     """Every row that may skip; none while only one request is there."""
     if len(view.requests) + view.num_waiting <= 1:
         return frozenset()
-    profile = view.unet.profile
-    return frozenset(
-        request.request_id
-        for request in requests
-        if skip_credits(request, profile) and may_skip_next(request)
-    )
+    return skippable_next(requests, view.unet.profile)
 
 
 def make_slot(
     view: GroupView, *, max_rows: int, skips: bool, unet_threads: int, vae_threads: int, chunks: int
 ) -> Plan:
     """The next slot with those threads on each side; chunks: that run beside it, 0 for none."""
-    batches = pack_batches(view.requests, view.unet, view.now, max_rows=max_rows, num_slots=1)
+    may_skip = skippable(view, view.requests) if skips else frozenset()
+    batches = pack_batches(
+        view.requests, view.unet, view.now, max_rows=max_rows, num_slots=1, may_skip=may_skip
+    )
     if not batches:
         return WAIT
-    requests = batches[0].requests
     return Plan(
-        rows=make_rows(requests, skippable(view, requests) if skips else frozenset()),
+        rows=make_rows(batches[0].requests, may_skip),
         threads=unet_threads,
         kind=SlotKind(unet_threads=unet_threads, vae_threads=vae_threads, chunks=chunks),
     )

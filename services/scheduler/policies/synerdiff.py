@@ -20,6 +20,7 @@ from services.scheduler.policy import (
     make_rows,
 )
 from services.scheduler.profile import Profile
+from services.scheduler.skipping import skippable_next
 from services.scheduler.state import Outlook, Request
 from services.scheduler.threshold import Stretches, Threshold, ThresholdRule
 from services.scheduler.window import Window, make_window
@@ -82,6 +83,7 @@ class SynerDiff:
             view.now,
             max_rows=self.max_rows,
             num_slots=max(rule.num_slots - len(unet.slots), 1),
+            may_skip=skippable_next(view.requests, unet.profile) if self.skip else (),
         )
         if not batches and not unet.slots:
             return self._decode_alone(view)
