@@ -8,8 +8,9 @@ from statistics import mean
 from typing import Any, Final, Protocol
 
 from bench.contenders import BY_NAME
+from bench.device_speed import TimesSlots, device_slowdown
 from bench.policies_cells import Cell, Plan, Samples, throughput
-from bench.real_stack import Served
+from bench.real_stack import Served, throughput_per_s
 from bench.report import percentile
 from services.scheduler.profile import Profile
 from services.scheduler.simulation.arrivals import Arrival, make_arrivals
@@ -27,15 +28,11 @@ contender: one bar for all, or who waits for a full batch when alone could be la
 Sample = dict[str, Any]
 
 
-class Stack(Protocol):
+class Stack(TimesSlots, Protocol):
     """The real services, or the simulator."""
 
     def serve_by(self, policy: str) -> None:
         """Serve by that policy from now on."""
-
-    def slot_ms(self, *, size: str, rows: int, threads: int) -> float:
-        """Median of slots alone, of dummy rows, taken now; nothing serves meanwhile or after."""
-        ...
 
     def play(self, arrivals: Sequence[Arrival]) -> list[Served]:
         """Serve every request at its time."""
@@ -52,10 +49,10 @@ def measure(stack: Stack, cell: Cell, plan: Plan, samples: Samples, profile: Pro
     """One cell. samples: of earlier ones. profile: of the device."""
     policy = BY_NAME[cell.contender].policy
     if cell.kind == "throughput":
-        before = slowdown(stack, profile)
+        before = device_slowdown(stack, profile)
         stack.serve_by(policy)
         figures = _throughput(stack, cell, plan)
-        return {**figures, "slowdown": mean((before, slowdown(stack, profile)))}
+        return {**figures, "slowdown": mean((before, device_slowdown(stack, profile)))}
     stack.serve_by(policy)
     match cell.kind:
         case "unloaded":
@@ -65,14 +62,6 @@ def measure(stack: Stack, cell: Cell, plan: Plan, samples: Samples, profile: Pro
         case _:
             load = cell.load(samples)
             return _figures(stack.play(_trace(plan, load, cell.seed))) | {"load_per_s": load}
-
-
-def slowdown(stack: Stack, profile: Profile) -> float:
-    """How much longer a full slot alone takes now than when the profile was measured."""
-    size = profile.slots[0].key
-    rows, kind = profile.knee(size), profile.alone_kind(size)
-    now_ms = stack.slot_ms(size=size, rows=rows, threads=kind.unet_threads)
-    return now_ms / profile.slot_ms(size, rows, kind)[0]
 
 
 def _throughput(stack: Stack, cell: Cell, plan: Plan) -> Sample:
@@ -129,20 +118,11 @@ def _trace(plan: Plan, load_per_s: float, seed: int) -> list[Arrival]:
 
 
 def _figures(served: Sequence[Served]) -> Sample:
-    """Latencies of all; throughput of the middle, where the device is full; the raw samples.
-
-    Policies finish short and long requests in different orders, so what is finished in the middle
-    is counted in average pictures: by the rows that were asked for, without any skipping.
-    """
-    ordered = sorted(served, key=lambda one: one.finished_s)
-    first, last = len(ordered) // 6, len(ordered) - 1 - len(ordered) // 4
-    middle = ordered[first + 1 : last + 1]
-    span_s = ordered[last].finished_s - ordered[first].finished_s
-    num_pictures = sum(map(_rows_asked, middle)) / mean(map(_rows_asked, served))
+    """Latencies of all, the rate from the first request to the last answer, and raw samples."""
     latencies = [one.latency_s for one in served]
     return {
-        "throughput_per_s": num_pictures / span_s if span_s > 0 else 0.0,
-        "rows_per_picture": sum(one.num_rows for one in middle) / num_pictures if middle else 0.0,
+        "throughput_per_s": throughput_per_s(served),
+        "rows_per_picture": mean(one.num_rows for one in served),
         "mean_s": mean(latencies),
         "p95_s": percentile(latencies, 0.95),
         "p99_s": percentile(latencies, 0.99),
@@ -151,7 +131,3 @@ def _figures(served: Sequence[Served]) -> Sample:
             for one in served
         ],
     }
-
-
-def _rows_asked(one: Served) -> int:
-    return one.num_steps * (2 if one.is_guided else 1)

@@ -13,7 +13,6 @@ import math
 import os
 import random
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,6 @@ from typing import Any, Final
 import aiohttp
 
 from bench.server import connect, private_server
-from cli import child
 from cli.client import GatewayError, is_ready
 from cli.stack import WORKER_ENVIRONMENT, Stack, StackOptions, prepare_stack
 from cli.supervisor import Service
@@ -56,6 +54,12 @@ class Served:
     def num_rows(self) -> int:
         """UNet rows that its steps took."""
         return self.num_steps * (2 if self.is_guided else 1) - self.num_skipped
+
+
+def throughput_per_s(served: Sequence[Served]) -> float:
+    """Pictures a second from the first request to the last answer."""
+    first = min(one.submitted_s for one in served)
+    return len(served) / (max(one.finished_s for one in served) - first)
 
 
 class RealStack:
@@ -173,10 +177,7 @@ class RealStack:
     def _launch(self, service: Service, environment: Mapping[str, str]) -> None:
         with (self._folder / f"{service.name}.log").open("ab") as log:
             self._processes[service.name] = subprocess.Popen(  # noqa: S603 (our own command)
-                [
-                    *(sys.executable, "-I", "-S", child.__file__),
-                    *(str(os.getpid()), "15", *service.command),
-                ],
+                service.child_command,
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

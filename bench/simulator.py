@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import fmean, mean
 from typing import Annotated, Any
 
 import typer
 
+from bench.device_speed import device_slowdown, slowed_down
 from bench.profiler import profile as measure_profile
-from bench.real_stack import RealStack, Served, real_stack
+from bench.real_stack import RealStack, real_stack, throughput_per_s
 from bench.report import write_report
 from services.scheduler.policies import make_policy
 from services.scheduler.profile import Profile
@@ -32,27 +33,32 @@ def run(
 ) -> dict[str, float]:
     """Serve the same Poisson traces by the real stack and by the simulator.
 
-    Three policies at 0.5 and 0.8 of the least capacity among them, as simulated; mixed steps.
+    Three policies at 0.5 and 0.8 of the least capacity among them, as simulated; mixed steps. The
+    simulated device is as much slower than its profile as the real one was right before and after
+    each trace.
     Returns: `throughput_error`, `mean_latency_error`, the largest relative differences.
     """
-    num_requests, loads = (8, LOADS[1:]) if quick else (150, LOADS)
+    num_requests, num_traces, loads = (8, 1, LOADS[1:]) if quick else (150, 3, LOADS)
     mix = Mix(num_steps=(4, 6, 8)) if quick else Mix()
     with tempfile.TemporaryDirectory(prefix="sd-bench-") as folder:
         path = profile or Path(folder) / "profile.json"
         if not profile:
             measure_profile(out=path, short=quick)
         known = parse_profile(path.read_text(), name=str(path))
-        capacity = min(_capacity(known, policy, mix, seed) for policy in POLICIES)
         cells = []
         with real_stack(profile=path) as stack:
+            now = slowed_down(known, device_slowdown(stack, known))
+            capacity = min(_capacity(now, policy, mix, seed) for policy in POLICIES)
             stack.serve_by(POLICIES[0])
             stack.play(make_arrivals("backlog", rate=4, duration_s=1, mix=mix, seed=seed))
             for load in loads:
                 rate = load * capacity
-                trace = make_arrivals(
-                    "poisson", rate=rate, duration_s=num_requests / rate, mix=mix, seed=seed
-                )
-                cells += [_compare(stack, known, policy, load, trace) for policy in POLICIES]
+                duration_s = num_requests / rate / num_traces
+                traces = [
+                    make_arrivals("poisson", rate=rate, duration_s=duration_s, mix=mix, seed=one)
+                    for one in range(seed, seed + num_traces)
+                ]
+                cells += [_compare(stack, known, policy, load, traces) for policy in POLICIES]
     line = {
         "throughput_error": max(cell["throughput_error"] for cell in cells),
         "mean_latency_error": max(cell["mean_latency_error"] for cell in cells),
@@ -73,42 +79,49 @@ def _simulate(profile: Profile, policy: str, arrivals: Sequence[Arrival]) -> Map
 
 
 def _compare(
-    stack: RealStack, profile: Profile, policy: str, load: float, trace: Sequence[Arrival]
+    stack: RealStack,
+    profile: Profile,
+    policy: str,
+    load: float,
+    traces: Sequence[Sequence[Arrival]],
 ) -> dict[str, Any]:
-    stack.serve_by(policy)
-    served = stack.play(trace)
+    """The traces one after the other, each simulated at the device's speed around it."""
+    slowdowns = [device_slowdown(stack, profile)]
+    served, simulated = [], []
+    for trace in traces:
+        stack.serve_by(policy)
+        served.append(stack.play(trace))
+        slowdowns.append(device_slowdown(stack, profile))
+        at_speed = slowed_down(profile, mean(slowdowns[-2:]))
+        simulated.append(_simulate(at_speed, policy, trace))
+    everybody = [one for part in served for one in part]
+    weights = [len(trace) for trace in traces]
     real = {
-        "throughput_per_s": throughput_per_s(served),
-        "mean_latency_s": mean(one.latency_s for one in served),
-        "steps_skipped": sum(one.num_skipped for one in served)
-        / sum(one.num_steps for one in served),
+        "throughput_per_s": mean(throughput_per_s(part) for part in served),
+        "mean_latency_s": mean(one.latency_s for one in everybody),
+        "steps_skipped": sum(one.num_skipped for one in everybody)
+        / sum(one.num_steps for one in everybody),
     }
-    summary = _simulate(profile, policy, trace)
-    simulated = {
-        "throughput_per_s": summary["throughput_per_s"],
-        "mean_latency_s": summary["latency_s"]["mean"],
-        "steps_skipped": summary["steps_skipped"],
-    }
-    cell = {
-        "policy": policy,
-        "load": load,
-        "requests": len(trace),
-        "real": real,
-        "simulated": simulated,
-        "throughput_error": _error(simulated, real, "throughput_per_s"),
-        "mean_latency_error": _error(simulated, real, "mean_latency_s"),
+    said = {
+        "throughput_per_s": mean(one["throughput_per_s"] for one in simulated),
+        "mean_latency_s": fmean((one["latency_s"]["mean"] for one in simulated), weights),
+        "steps_skipped": fmean((one["steps_skipped"] for one in simulated), weights),
     }
     print(
         f"{policy} at {load}: mean latency {real['mean_latency_s']:.2f} s, "
-        f"simulated {simulated['mean_latency_s']:.2f} s"
+        f"simulated {said['mean_latency_s']:.2f} s",
+        flush=True,
     )
-    return cell
-
-
-def throughput_per_s(served: Sequence[Served]) -> float:
-    """Pictures a second from the first request to the last answer."""
-    first = min(one.submitted_s for one in served)
-    return len(served) / (max(one.finished_s for one in served) - first)
+    return {
+        "policy": policy,
+        "load": load,
+        "requests": len(everybody),
+        "slowdowns": slowdowns,
+        "real": real,
+        "simulated": said,
+        "throughput_error": _error(said, real, "throughput_per_s"),
+        "mean_latency_error": _error(said, real, "mean_latency_s"),
+    }
 
 
 def _error(simulated: Mapping[str, float], real: Mapping[str, float], key: str) -> float:

@@ -33,7 +33,7 @@ def private_stack(*options: str) -> Iterator[str]:
         stack = subprocess.Popen(  # noqa: S603 (our own command)
             [
                 *(sys.executable, "-I", "-S", child.__file__),
-                *(str(os.getpid()), str(int(signal.SIGTERM))),
+                *(str(os.getpid()), str(int(signal.SIGTERM)), "0"),
                 *(sys.executable, "-P", "-m", "cli", "up"),
                 *("--host", "127.0.0.1", "--port", str(port), "--data-dir", str(Path(name) / "d")),
                 *options,

@@ -38,6 +38,13 @@ that sleep at once make a slot of many small operations take twice as long. Thes
 microseconds and then sleep."""
 
 
+GIVING_WAY: Final = 19
+"""Niceness of what does not compute. A forward is spread over all cores, and whoever takes one of
+them for a moment stops all: a process that is busy for an eighth of one core's time makes slots a
+fifth longer, and none at all if it waits for the moments in which cores are idle, of which there
+are enough."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StackOptions:
     """The options of `synerdiff up`; None leaves a setting to its environment variable or default.
@@ -110,8 +117,8 @@ class Stack:
             "PYTHONUNBUFFERED": "1",
         }
         return [
-            _service("gateway", "gateway", environment),
-            _service("scheduler", "scheduler", environment),
+            _service("gateway", environment),
+            _service("scheduler", environment),
             *(_worker(name, "unet", environment) for name in self.unet_workers),
             *(_worker(name, "vae", environment) for name in self.vae_workers),
         ]
@@ -191,6 +198,7 @@ def redis_service(
         stop_rank=_STOP_RANKS["redis"],
         death_signal=signal.SIGTERM,
         inherited_fds=(lock_descriptor,),
+        niceness=GIVING_WAY,
     )
 
 
@@ -204,16 +212,25 @@ def limit_image_budget(memory_bytes: int) -> None:
 def _worker(name: str, kind: str, environment: Mapping[str, str]) -> Service:
     """A compute process."""
     own = {"SYNERDIFF_WORKER_ID": name, **WORKER_ENVIRONMENT}
-    return _service(name, f"{kind}_worker", {**environment, **own}, rank=_STOP_RANKS[kind])
-
-
-def _service(
-    name: str, package: str, environment: Mapping[str, str], *, rank: int | None = None
-) -> Service:
     return Service(
         name=name,
-        # -P: the folder in which `up` was called must not hide our packages.
-        command=(sys.executable, "-P", "-m", f"services.{package}"),
-        environment=environment,
-        stop_rank=_STOP_RANKS[name] if rank is None else rank,
+        command=_command(f"{kind}_worker"),
+        environment={**environment, **own},
+        stop_rank=_STOP_RANKS[kind],
     )
+
+
+def _service(name: str, environment: Mapping[str, str]) -> Service:
+    """One that does not compute."""
+    return Service(
+        name=name,
+        command=_command(name),
+        environment=environment,
+        stop_rank=_STOP_RANKS[name],
+        niceness=GIVING_WAY,
+    )
+
+
+def _command(package: str) -> tuple[str, ...]:
+    """-P: the folder in which `up` was called must not hide our packages."""
+    return (sys.executable, "-P", "-m", f"services.{package}")

@@ -33,6 +33,7 @@ class Service:
     name: unique; also the log's. environment: all of it. stop_rank: lower ones are stopped first,
     equal ones together. death_signal: what the kernel sends it should the supervisor die.
     inherited_fds: descriptors of the supervisor that it holds open as long as it lives.
+    niceness: by how much it gives way to other processes, 0 to 19.
     """
 
     name: str
@@ -41,6 +42,16 @@ class Service:
     stop_rank: int = 0
     death_signal: signal.Signals = signal.SIGKILL
     inherited_fds: tuple[int, ...] = ()
+    niceness: int = 0
+
+    @property
+    def child_command(self) -> tuple[str, ...]:
+        """Its command line, tied to this process's life."""
+        return (
+            *(sys.executable, "-I", "-S", child.__file__),
+            *(str(os.getpid()), str(int(self.death_signal)), str(self.niceness)),
+            *self.command,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,9 +256,7 @@ class Supervisor:
         output = kept.log.open_for_service()
         try:
             return await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", child.__file__),
-                *(str(os.getpid()), str(int(service.death_signal))),
-                *service.command,
+                *service.child_command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

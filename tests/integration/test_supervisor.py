@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -91,6 +91,16 @@ async def test_a_service_that_is_killed_is_started_again_as_it_was(
     assert first_pid != second_pid
     assert [death.cause for death in witness.deaths] == ["killed by SIGKILL"]
     assert witness.ended == [first_pid, second_pid]
+
+
+async def test_a_service_gives_way_to_others_as_far_as_it_is_told(
+    supervisor: Supervisor, witness: Witness
+) -> None:
+    source = f"import os; print(os.nice(0), flush=True); {SLEEP}"
+    await supervisor.start(replace(script("gateway", source), niceness=3))
+    await wait_until(lambda: witness.lines)
+    await supervisor.stop(grace_s=5)
+    assert [line.text for _, line in witness.lines] == [str(min(os.nice(0) + 3, 19))]
 
 
 async def test_a_service_that_keeps_ending_is_given_up_with_its_last_lines(

@@ -136,9 +136,8 @@ class SimulatedUnet:
             vae_threads=device.vae_threads,
         )
         world.log.slot(num_rows)
-        device.begin(
-            FORWARD, world.vary(rates), lambda duration: self._end_slot(slot, rows, duration)
-        )
+        rates = world.vary(rates).longer_by(world.settings.slot_overhead_ms)
+        device.begin(FORWARD, rates, lambda duration: self._end_slot(slot, rows, duration))
         self._on_slot()
 
     def _is_held(self, row: messages.SlotRow) -> bool:
