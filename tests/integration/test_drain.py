@@ -32,7 +32,7 @@ async def test_workers_that_leave_one_after_another_cost_no_attempt_and_no_step(
     resumed_before = metrics.RESUMED._value.get()
     forwards_before = forwards()
     async with stack(redis, tiny_model_folder) as running:
-        running.scheduler()
+        running.scheduler(max_rows=8)  # so that some have not begun when others are done
         first_unet, first_vae = await running.unet("u0"), await running.vae("v0")
         await running.submit(NUM_PICTURES, num_steps=NUM_STEPS)
         await some_forwards(3 * NUM_STEPS)
