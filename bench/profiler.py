@@ -16,7 +16,12 @@ from bench.report import machine
 from bench.side_by_side import Chunks, Forward, Pair, running_pair
 from bench.skip_levels import measure_skip_levels
 from cli.stack import EMBEDDED_MODEL
-from services.scheduler.measurements import BESIDE_CHUNKS, BESIDE_ROWS, thread_splits
+from services.scheduler.measurements import (
+    ALONE_ROWS,
+    BESIDE_CHUNKS,
+    BESIDE_ROWS,
+    thread_splits,
+)
 from services.scheduler.profile import (
     ASSUMED_SKIP_LEVELS,
     DecodeTiming,
@@ -32,7 +37,6 @@ from shared.profile_files import ChunkGranularity
 from shared.settings import available_threads
 
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32)
-SHORT_ROWS = (1, 2, 4, 8, 16, 24)
 SHORT_REPEATS = 3
 
 STRIP_FRACTIONS = (0.0, 0.25, 0.1)
@@ -238,7 +242,7 @@ def profile(  # noqa: PLR0917 - options of a command
                 threads=threads,
                 num_repeats=num_repeats,
                 max_strip_fraction=fraction,
-                rows=SHORT_ROWS if short else ROWS,
+                rows=ALONE_ROWS if short else ROWS,
                 say=typer.echo,
             )
             slots += slot_timings(found, key)

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from cli import child
 from cli.client import GatewayError, is_ready
 from cli.stack import reserve_port
+from cli.supervisor import Service
 
 _POLL_S: Final = 0.2
 _STOP_TIMEOUT_S: Final = 60.0
@@ -30,14 +30,18 @@ def private_stack(*options: str) -> Iterator[str]:
     """
     port = reserve_port("127.0.0.1", 0)
     with tempfile.TemporaryDirectory(prefix="synerdiff-") as name, tempfile.TemporaryFile() as said:
-        stack = subprocess.Popen(  # noqa: S603 (our own command)
-            [
-                *(sys.executable, "-I", "-S", child.__file__),
-                *(str(os.getpid()), str(int(signal.SIGTERM)), "0"),
+        up = Service(
+            name="up",
+            command=(
                 *(sys.executable, "-P", "-m", "cli", "up"),
                 *("--host", "127.0.0.1", "--port", str(port), "--data-dir", str(Path(name) / "d")),
                 *options,
-            ],
+            ),
+            environment=os.environ,
+            death_signal=signal.SIGTERM,
+        )
+        stack = subprocess.Popen(  # noqa: S603 (our own command)
+            up.child_command,
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=said,
