@@ -24,7 +24,7 @@ from bench.profiler import profile as measure_profile
 from bench.real_stack import real_stack
 from bench.report import REPORTS, machine, write_report
 from bench.simulated_stack import SimulatedStack
-from cli.stack import WORKER_ENVIRONMENT
+from cli.stack import COMPILED_KERNELS, WORKER_ENVIRONMENT
 from services.scheduler.profile import Profile
 from services.scheduler.profile_file import parse_profile
 
@@ -101,7 +101,7 @@ def _real_stacks(profile: Path) -> Iterator[StackOf]:
         def stack_of(cell: Cell) -> Stack:
             is_default = BY_NAME[cell.contender].has_default_threads
             if is_default not in running:
-                environment = {} if is_default else WORKER_ENVIRONMENT
+                environment = COMPILED_KERNELS if is_default else WORKER_ENVIRONMENT
                 running[is_default] = all_of_them.enter_context(
                     real_stack(profile=profile, worker_environment=environment)
                 )

@@ -32,10 +32,17 @@ GRACE_S: Final = 10.0
 """How long a service may take to stop; it gives up draining a little earlier by itself."""
 _MIB: Final = 1 << 20
 
-WORKER_ENVIRONMENT: Final = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
-"""For processes that compute. Threads that spin for long stall whoever shares the cores; threads
-that sleep at once make a slot of many small operations take twice as long. These spin for some
-microseconds and then sleep."""
+THREAD_WAITING: Final = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
+"""Threads that spin for long stall whoever shares the cores; threads that sleep at once make a slot
+of many small operations take twice as long. These spin for some microseconds and then sleep."""
+
+COMPILED_KERNELS: Final = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192"}
+"""oneDNN compiles an operation for each of its shapes, and slots come with any number of rows on one
+number of threads or another. Its usual 1,024 hold a small UNet at some ten of them; then slots of
+changing sizes are compiled again and again and take twice as long. One takes some 30 KB."""
+
+WORKER_ENVIRONMENT: Final = THREAD_WAITING | COMPILED_KERNELS
+"""For processes that compute."""
 
 
 GIVING_WAY: Final = 19

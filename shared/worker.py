@@ -110,6 +110,20 @@ class ComputeThread:
         self._executor.shutdown()
 
 
+def keep_helpers_serial() -> None:
+    """Let `asyncio.to_thread` run tensor code on one core; call it in the event loop.
+
+    Every thread that runs a parallel region has an OpenMP team of its own. As soon as a process's
+    teams together have more threads than there are cores, libgomp puts the threads of all of them
+    to sleep at every barrier instead of letting them wait a moment, the compute thread's, too: a
+    decode of many small operations then takes twice as long.
+    """
+    executor = ThreadPoolExecutor(
+        thread_name_prefix="helper", initializer=torch.set_num_threads, initargs=(1,)
+    )
+    asyncio.get_running_loop().set_default_executor(executor)
+
+
 class WorkerLink:
     """A worker's side of the protocol.
 

@@ -41,7 +41,7 @@ from shared.messages import (
 )
 from shared.settings import UnetWorkerSettings, available_threads
 from shared.tensor_pool import TensorPool
-from shared.worker import ComputeThread, WorkerLink, find_place
+from shared.worker import ComputeThread, WorkerLink, find_place, keep_helpers_serial
 from shared.worker_id import make_incarnation, make_worker_id
 
 PROFILE_ROWS = (1, 2, 4, 8, 16, 24)
@@ -84,6 +84,7 @@ class UnetWorkerService:
 
     async def run(self) -> None:
         """Load, measure, register, denoise until stopped."""
+        keep_helpers_serial()
         info = await self._compute.run(self._start)
         log.info("ready", step_ms={rows: round(ms, 1) for rows, ms in info.step_ms.items()})
         try:

@@ -44,7 +44,7 @@ from shared.records import Commit, Outcome, Records
 from shared.settings import VaeWorkerSettings, available_threads
 from shared.tensor_bytes import unpack_tensor
 from shared.tensor_pool import TensorReader
-from shared.worker import ComputeThread, WorkerLink, find_place
+from shared.worker import ComputeThread, WorkerLink, find_place, keep_helpers_serial
 from shared.worker_id import make_incarnation, make_worker_id
 
 log = get_logger()
@@ -121,6 +121,7 @@ class VaeWorkerService:
 
     async def run(self) -> None:
         """Load, measure, register, decode until stopped."""
+        keep_helpers_serial()
         info = await self._compute.run(self._start)
         log.info("ready", decode_ms=round(info.decode_ms, 1), chunks=info.num_chunks)
         async with asyncio.TaskGroup() as group:
