@@ -34,7 +34,7 @@ def ceiling_s(profile: Profile, *, num_rows: float, num_decodes: float) -> float
 
 
 def _activities(profile: Profile) -> list[Activity]:
-    """Every measured slot, alone or beside chunks, and a decode alone."""
+    """Every measured slot, alone or with chunks beside it all along, and a decode alone."""
     key = profile.slots[0].key
     decode = profile.decode(key)
     chunks_of_a_decode = len(decode.chunk_ms) if decode else 1
@@ -42,10 +42,12 @@ def _activities(profile: Profile) -> list[Activity]:
     for timing in profile.slots:
         if timing.key == key:
             for rows, step_ms in timing.step_ms.items():
-                chunks_ms = timing.chunks_ms.get(rows, 0.0)
-                activities.append(
-                    (rows, timing.kind.chunks / chunks_of_a_decode, max(step_ms, chunks_ms))
-                )
+                decodes, ms = 0.0, step_ms
+                if timing.kind.chunks:
+                    ms = profile.beside_ms(key, rows, timing.kind)
+                    chunk_ms = timing.chunks_ms[rows] / timing.kind.chunks
+                    decodes = ms / chunk_ms / chunks_of_a_decode
+                activities.append((rows, decodes, ms))
     if decode:
         activities.append((0.0, 1.0, sum(decode.chunk_ms)))
     return activities

@@ -27,6 +27,7 @@ from bench.simulated_stack import SimulatedStack
 from cli.stack import COMPILED_KERNELS, WORKER_ENVIRONMENT
 from services.scheduler.profile import Profile
 from services.scheduler.profile_file import parse_profile
+from services.scheduler.simulation.arrivals import Mix, make_arrivals
 
 
 def run(  # noqa: PLR0917 - options of a command
@@ -81,6 +82,8 @@ def run(  # noqa: PLR0917 - options of a command
     return line
 
 
+NUM_TO_WARM_UP = 40
+
 StackOf = Callable[[Cell], Stack]
 """The stack of a cell."""
 
@@ -94,7 +97,11 @@ def _simulated_stacks(profile: Profile) -> Iterator[StackOf]:
 
 @contextlib.contextmanager
 def _real_stacks(profile: Path) -> Iterator[StackOf]:
-    """One stack with our workers, one with default threads, each started when it is needed."""
+    """One stack with our workers, one with default threads, each started when it is needed.
+
+    Each warms up first, by slots of many sizes.
+    """
+    warm_up = make_arrivals("backlog", rate=NUM_TO_WARM_UP, duration_s=1, mix=Mix(), seed=99)
     with contextlib.ExitStack() as all_of_them:
         running: dict[bool, Stack] = {}
 
@@ -102,9 +109,12 @@ def _real_stacks(profile: Path) -> Iterator[StackOf]:
             is_default = BY_NAME[cell.contender].has_default_threads
             if is_default not in running:
                 environment = COMPILED_KERNELS if is_default else WORKER_ENVIRONMENT
-                running[is_default] = all_of_them.enter_context(
+                stack = all_of_them.enter_context(
                     real_stack(profile=profile, worker_environment=environment)
                 )
+                stack.serve_by(BY_NAME[cell.contender].policy)
+                stack.play(warm_up)
+                running[is_default] = stack
             return running[is_default]
 
         yield stack_of

@@ -111,21 +111,28 @@ def next_cells(plan: Plan, samples: Samples, *, only_missing: bool) -> list[Cell
 
 
 def _cells_at_loads(plan: Plan, samples: Samples) -> list[Cell]:
-    capacities = _capacities([one for one in plan.contenders if one not in WITHOUT], plan)
-    if any(cell.name not in samples for cell in capacities):
-        return capacities
+    """Those whose load hangs on a capacity come once all of these are known."""
+    known = _latencies((NAIVE,), plan)
+    known += _capacities([one for one in plan.contenders if one not in WITHOUT], plan)
+    if any(cell.name not in samples for cell in known):
+        return known
     best = best_of(TUNED, plan, samples)
-    latencies = [
-        Cell(kind="latency", seed=seed, contender=one.name, against=baseline.name)
-        for seed in plan.seeds
-        for baseline in (NAIVE, best, best_of(EQUAL_SKIP, plan, samples))
-        for one in (baseline, SYNERDIFF)
-    ]
+    latencies = _latencies((best, best_of(EQUAL_SKIP, plan, samples)), plan)
     without_parts = [
         Cell(kind="latency", seed=plan.seeds[0], contender=one.name, against=best.name)
         for one in WITHOUT
     ]
-    return capacities + latencies + without_parts
+    return known + latencies + without_parts
+
+
+def _latencies(baselines: Sequence[Contender], plan: Plan) -> list[Cell]:
+    """Each baseline's and synerdiff's at the baseline's load, in turns."""
+    return [
+        Cell(kind="latency", seed=seed, contender=one.name, against=baseline.name)
+        for seed in plan.seeds
+        for baseline in baselines
+        for one in (baseline, SYNERDIFF)
+    ]
 
 
 def _capacities(contenders: Sequence[Contender], plan: Plan) -> list[Cell]:

@@ -15,7 +15,7 @@ from bench.report import percentile
 from services.scheduler.profile import Profile
 from services.scheduler.simulation.arrivals import Arrival, make_arrivals
 
-LOADS: Final = tuple(1.05**-power for power in range(40))
+LOADS: Final = tuple(1.07**-power for power in range(30))
 """Tried for the capacity, of the highest throughput of any contender: the same loads for all."""
 
 LEAST_SHARE: Final = 0.4

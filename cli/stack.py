@@ -37,9 +37,10 @@ THREAD_WAITING: Final = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"
 of many small operations take twice as long. These spin for some microseconds and then sleep."""
 
 COMPILED_KERNELS: Final = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192"}
-"""oneDNN compiles an operation for each of its shapes, and slots come with any number of rows on one
-number of threads or another. Its usual 1,024 hold a small UNet at some ten of them; then slots of
-changing sizes are compiled again and again and take twice as long. One takes some 30 KB."""
+"""oneDNN compiles an operation for each of its shapes, and slots come with any number of rows, on
+different numbers of threads. The 1,024 that it keeps by itself hold a small UNet at some ten of
+them; then slots of changing sizes are compiled again and again and take twice as long. One takes
+some 30 KB."""
 
 WORKER_ENVIRONMENT: Final = THREAD_WAITING | COMPILED_KERNELS
 """For processes that compute."""

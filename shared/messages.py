@@ -373,7 +373,8 @@ class DenoiseSlot:
     """One batched UNet forward.
 
     kind: "alone" or "beside" (decode chunks run next to it). threads: for the compute thread, 0
-    leaves the library's default.
+    leaves the library's default. threads_beside: while chunks run on its device, as its pool's
+    header tells; 0 for no difference.
     """
 
     epoch: int
@@ -381,6 +382,7 @@ class DenoiseSlot:
     kind: str
     threads: int
     rows: tuple[SlotRow, ...]
+    threads_beside: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -444,9 +446,10 @@ class DecodeLatents:
 class GrantChunks:
     """More chunks for a decode may run, on so many threads (0: the library's default).
 
-    beside_seq: they begin when every slot before that one is over on the UNet worker whose tensor
-    pool is `pool`, as the pool's header tells; 0 for at once. Where the header can't be read, or
-    after a while, they begin at once, too.
+    pool: the tensor pool of the UNet worker beside whose slots they run, empty for none; its header
+    is told when they do. beside_seq: they begin when every slot before that one is over there, as
+    the header tells; 0 for at once. Where the header can't be read, or after a while, they begin at
+    once, too.
     """
 
     epoch: int

@@ -96,7 +96,7 @@ def open_pool_file(name: str, *, host: str, directory: Path = SHM_DIRECTORY) -> 
     """
     path = pool_path(name, directory)
     try:
-        descriptor = os.open(path, os.O_RDONLY | _OPEN_FLAGS)
+        descriptor = os.open(path, os.O_RDWR | _OPEN_FLAGS)
     except OSError as error:
         raise HandleLostError(f"can't open pool {name}: {error.strerror}") from error
     try:
@@ -104,11 +104,12 @@ def open_pool_file(name: str, *, host: str, directory: Path = SHM_DIRECTORY) -> 
         if not _is_ours(status) or status.st_size < PAGE_BYTES:
             raise HandleLostError(f"{name} is none of our pools")
         memory = mmap.mmap(descriptor, status.st_size, prot=mmap.PROT_READ, flags=_MAP_FLAGS)
+        header = mmap.mmap(descriptor, PAGE_BYTES, flags=_MAP_FLAGS)
     except (OSError, ValueError) as error:
         raise HandleLostError(f"can't map pool {name}: {error}") from error
     finally:
         os.close(descriptor)
-    file = PoolFile(path, status.st_ino, memory, read_layout(memory, name))
+    file = PoolFile(path, status.st_ino, memory, read_layout(memory, name), header=header)
     if file.host != host or PREFIX + file.owner != name:
         raise HandleLostError(f"pool {name} was made on another host or by another owner")
     return file

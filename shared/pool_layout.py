@@ -3,7 +3,8 @@
 Words are 8 bytes in the machine's order; each load and store of one is a single access.
 
     page 0    word 0 magic, written last, 1 version, 2 number of slots, 3 bytes per slot,
-              4 running seq, 5 bytes of the table of exports; texts: host, owner, device, companion
+              4 running seq, 5 bytes of the table of exports, 6 until when chunks run beside the
+              owner's slots; texts: host, owner, device, companion
     lines     one cache line per slot: word 0 generation, word 1 bytes published
     exports   what a GPU pool leaves for its consumers (`cuda_exports`); empty in a CPU pool
     data      the slots, page by page; empty in a GPU pool, whose data lies on the GPU
@@ -38,6 +39,7 @@ _VERSION: Final = 1
 _LINE_BYTES: Final = 64
 _WORD_BYTES: Final = 8
 _MAGIC_WORD, _VERSION_WORD, _SLOTS_WORD, _BYTES_WORD, _SEQ_WORD, _EXPORTS_WORD = range(6)
+_CHUNKS_WORD = 6
 _TEXT_BYTES: Final = 256
 _HOST_AT, _OWNER_AT, _DEVICE_AT, _COMPANION_AT = range(1024, 2048, _TEXT_BYTES)
 
@@ -93,21 +95,32 @@ class PoolFile:
     """One mapped pool. `pool_file.create_pool_file` makes the owner's, `open_pool_file` a reader's.
 
     The mapping lives as long as this object or anything made from it; nothing is unmapped under
-    a reader. Words are read and written atomically; their order is the caller's, by `fence`.
+    a reader. Words are read and written atomically; their order is the caller's, by `fence`. A
+    reader's mapping can't be written, but for one word of the header.
 
     Args:
         path: The file's name, for asking whether it is still there.
         inode: The file's identity, likewise.
         memory: The whole file, mapped.
         layout: The sizes; they fit `memory`.
+        header: Page 0 mapped once more, for writing; the owner's memory is that already.
     """
 
-    def __init__(self, path: Path, inode: int, memory: mmap.mmap, layout: PoolLayout) -> None:
+    def __init__(
+        self,
+        path: Path,
+        inode: int,
+        memory: mmap.mmap,
+        layout: PoolLayout,
+        *,
+        header: mmap.mmap | None = None,
+    ) -> None:
         self.path = path
         self.layout = layout
         self._inode = inode
         self._words = memoryview(memory)[: layout.exports_at].cast("q")
         self._bytes: Bytes = np.frombuffer(memory, np.uint8)
+        self._header = memoryview(header or memory)[:PAGE_BYTES].cast("q")
 
     @property
     def host(self) -> str:
@@ -141,6 +154,18 @@ class PoolFile:
     @running_seq.setter
     def running_seq(self, seq: int) -> None:
         self._words[_SEQ_WORD] = seq
+
+    @property
+    def chunks_until_ns(self) -> int:
+        """Until when a consumer's chunks run beside the owner's slots, as they said last.
+
+        On the host's monotonic clock, so that those of a consumer that died are over soon.
+        """
+        return self._header[_CHUNKS_WORD]
+
+    @chunks_until_ns.setter
+    def chunks_until_ns(self, until_ns: int) -> None:
+        self._header[_CHUNKS_WORD] = until_ns
 
     def generation(self, slot: int) -> int:
         """What may be read in a slot: a publication's number, 0 for nothing."""

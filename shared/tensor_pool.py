@@ -187,6 +187,10 @@ class TensorPool:
         """Say which scheduler slot runs now; consumers start their chunks beside it."""
         self._file.running_seq = seq
 
+    def has_chunks_beside(self, now_ns: int) -> bool:
+        """Whether a consumer decodes right now. now_ns: on the host's monotonic clock."""
+        return self._file.chunks_until_ns > now_ns
+
     def close(self) -> None:
         """Unlink the file; every handle is lost. Closing twice is fine."""
         if self._is_closed:

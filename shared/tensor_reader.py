@@ -92,6 +92,14 @@ class TensorReader:
         """
         return self._open(pool).file.running_seq
 
+    def note_chunks(self, pool: str, *, until_ns: int) -> None:
+        """Tell a pool's owner until when chunks run beside its slots, on the monotonic clock.
+
+        Raises:
+            HandleLostError: There is no such pool on this host any more.
+        """
+        self._open(pool).file.chunks_until_ns = until_ns
+
     def drop_dead(self) -> int:
         """Let go of the pools that are gone: only then is their memory free. How many there were.
 

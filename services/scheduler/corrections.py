@@ -30,8 +30,11 @@ def note_slot(unet: UnetWorker, event: SlotDenoised, requests: Mapping[str, Requ
     _charge_slot(unet, event)
     if slot.chunks and not slot.kind.chunks:
         return  # chunks came while it ran: it was of neither kind
-    kind = BESIDE if slot.kind.chunks else ALONE
-    predicted_ms = unet.profile.slot_ms(slot.key.size, rows, slot.kind)[0]
+    size, durations = slot.key.size, unet.durations
+    if slot.kind.chunks:
+        kind, (_, predicted_ms) = BESIDE, durations.beside(size, rows, slot.chunks, 1.0)
+    else:
+        kind, (_, predicted_ms) = ALONE, durations.alone(size, rows)
     unet.drift = unet.drift.after(
         kind,
         predicted_ms=predicted_ms * unet.drift.factor(kind),

@@ -265,6 +265,7 @@ class Dispatch:
                 rows=plan.rows,
                 key=key,
                 kind=plan.kind,
+                threads_beside=plan.threads_beside,
                 num_rows=rows,
                 chunks=sum(grant.chunks for grant in plan.grants if grant.is_bound),
             )
@@ -280,6 +281,7 @@ class Dispatch:
             seq=self._next_seq,
             kind="beside" if plan.kind and plan.kind.chunks else "alone",
             threads=plan.threads,
+            threads_beside=plan.threads_beside,
             rows=plan.rows,
         )
         self._outbox.send(unet.info.incarnation, "work", slot)
@@ -295,7 +297,7 @@ class Dispatch:
             chunks=grant.chunks,
             threads=grant.threads,
             beside_seq=beside_seq,
-            pool=pool if beside_seq else "",
+            pool=pool,
         )
         self._outbox.send(request.vae, "work", message)
 

@@ -12,9 +12,6 @@ from services.scheduler.profile import Profile, SlotKind
 WEIGHT_STEPS = 16
 """Chunk weights are taken in sixteenths, so that few of them differ."""
 
-ROOM_FACTOR = 1.05
-"""A slot alone may take so much longer on threads that leave room for chunks beside it."""
-
 Timed = tuple[SlotKind, float]
 """A slot kind and its duration in ms."""
 
@@ -34,24 +31,12 @@ class Durations:
         self._chunk_ms: dict[str, float] = {}
 
     def alone(self, size: str, rows: int) -> Timed:
-        """The fastest slot of so many rows with nothing beside it.
-
-        Or one nearly as fast that leaves room for a decode that comes while it runs.
-        """
+        """The fastest slot of so many rows with nothing beside it."""
         found = self._alone.get((size, rows))
         if found is None:
             profile = self._profile
             kinds = [kind for kind in profile.kinds(size) if not kind.chunks]
-            timed = [(profile.slot_ms(size, rows, kind)[0], kind) for kind in kinds]
-            least_ms, _ = min(timed)
-            roomy = {kind.unet_threads for kind in profile.beside_kinds(size)}
-            ms, kind = min(
-                timed,
-                key=lambda one: (
-                    one[1].unet_threads not in roomy or one[0] > ROOM_FACTOR * least_ms,
-                    one,
-                ),
-            )
+            ms, kind = min((profile.slot_ms(size, rows, kind)[0], kind) for kind in kinds)
             found = self._alone[(size, rows)] = (kind, ms)
         return found
 
@@ -60,8 +45,9 @@ class Durations:
     ) -> Timed:
         """The fastest slot of so many rows with chunks beside it, until both are over.
 
-        weight: of a chunk, over one of the size's own. unet_threads: of the slot; None leaves them
-        open. Only where `has_beside`.
+        It gives way to them: as slow as with chunks all along while they run, as fast as alone
+        otherwise. weight: of a chunk, over one of the size's own. unet_threads: of the slot while
+        they run; None leaves them open. Only where `has_beside`.
         """
         weight = max(round(weight * WEIGHT_STEPS), 1) / WEIGHT_STEPS
         question = (size, rows, chunks, weight, unet_threads)
@@ -77,12 +63,11 @@ class Durations:
                 (kind.chunks for kind in kinds if kind.chunks <= chunks),
                 default=min(kind.chunks for kind in kinds),
             )
-            timed = [
+            ms, kind = min(
                 (self._beside_ms(size, rows, kind, chunks * weight), kind)
                 for kind in kinds
                 if kind.chunks == known
-            ]
-            ms, kind = min(timed)
+            )
             found = self._beside[question] = (kind, ms)
         return found
 
@@ -106,16 +91,20 @@ class Durations:
         return self._chunk_ms[size]
 
     def _beside_ms(self, size: str, rows: int, kind: SlotKind, chunks: float) -> float:
-        """The longer side; more chunks than were measured slow the slot as those did."""
-        step_ms, chunks_ms = self._profile.slot_ms(size, rows, kind)
-        work = chunks / kind.chunks
-        if work > 1:
-            step_ms += (work - 1) * max(step_ms - self._alone_ms(size, rows, kind), 0.0)
-        return max(step_ms, chunks_ms * work)
-
-    def _alone_ms(self, size: str, rows: int, beside: SlotKind) -> float:
-        """Of a slot alone on the threads of one beside chunks, where measured; or the fastest."""
-        alone = SlotKind(unet_threads=beside.unet_threads)
-        if alone in self._profile.kinds(size):
-            return self._profile.slot_ms(size, rows, alone)[0]
-        return self.alone(size, rows)[1]
+        """By the rates of the kind on the same threads whose chunks overlap most: the surest."""
+        split = (kind.unet_threads, kind.vae_threads)
+        longest = max(
+            (
+                one
+                for one in self._profile.beside_kinds(size)
+                if (one.unet_threads, one.vae_threads) == split
+            ),
+            key=lambda one: one.chunks,
+        )
+        _, alone_ms = self.alone(size, rows)
+        all_along_ms = max(self._profile.beside_ms(size, rows, longest), alone_ms)
+        _, chunks_ms = self._profile.slot_ms(size, rows, longest)
+        work_ms = chunks * chunks_ms / longest.chunks
+        if work_ms >= all_along_ms:
+            return work_ms
+        return alone_ms + work_ms * (1 - alone_ms / all_along_ms)

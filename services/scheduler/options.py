@@ -174,7 +174,7 @@ def in_flight(
     size, rows, durations = slot.key.size, slot.num_rows, times.durations
     if slot.kind is None or not rows or not any(one.is_assigned for one in decodes):
         return None
-    threads = slot.kind.unet_threads
+    threads = slot.threads_beside
     if not durations.has_beside(size, threads):
         return None
     weight = times.chunk_weight(size, chunk_ms)

@@ -89,12 +89,14 @@ class Grant:
 class Plan:
     """The next slot's rows (none: no slot now) and threads, and grants.
 
-    kind: the profile's kind of the slot, None where none is known. outlook: what is promised, of
-    policies that plan. spends: (ms planned, ms alone) of this slot or gap, None for neither.
+    threads_beside: of the slot while chunks run, 0 for no difference. kind: the profile's kind of
+    the slot, None where none is known. outlook: what is promised, of policies that plan. spends:
+    (ms planned, ms alone) of this slot or gap, None for neither.
     """
 
     rows: tuple[SlotRow, ...] = ()
     threads: int = 0
+    threads_beside: int = 0
     kind: SlotKind | None = None
     grants: tuple[Grant, ...] = ()
     outlook: Outlook | None = None

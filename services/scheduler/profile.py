@@ -213,6 +213,21 @@ class Profile:
             self._slot_ms[(key, rows, kind)] = known
         return known
 
+    def beside_ms(self, key: str, rows: int, kind: SlotKind) -> float:
+        """Of a slot that has the kind's chunks beside it from its beginning to its end.
+
+        Chunks that were over before the slot was let its rest run as alone on the same threads.
+        """
+        step_ms, chunks_ms = self.slot_ms(key, rows, kind)
+        alone = SlotKind(unet_threads=kind.unet_threads)
+        alone_ms, _ = self.slot_ms(
+            key, rows, alone if alone in self.kinds(key) else self.alone_kind(key)
+        )
+        if chunks_ms >= step_ms:
+            return max(step_ms, alone_ms)
+        done_beside = 1 - (step_ms - chunks_ms) / alone_ms
+        return max(chunks_ms / done_beside if done_beside > 0 else step_ms, alone_ms)
+
     def decode(self, key: str) -> DecodeTiming | None:
         """The fastest decode alone of that size, scaled by pixels from the nearest one."""
         if not self.decodes:

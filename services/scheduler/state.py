@@ -187,14 +187,15 @@ class Outlook:
 class SlotInFlight:
     """A slot that was sent and not reported.
 
-    kind: the profile's, None where none is known. num_rows: as planned, skipped ones left out.
-    chunks: granted beside it.
+    kind: the profile's, None where none is known. threads_beside: of its forward while chunks run.
+    num_rows: as planned, skipped ones left out. chunks: granted beside it.
     """
 
     seq: int
     rows: tuple[SlotRow, ...]
     key: BatchKey
     kind: SlotKind | None = None
+    threads_beside: int = 0
     num_rows: int = 0
     chunks: int = 0
 

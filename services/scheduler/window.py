@@ -25,6 +25,7 @@ from services.scheduler.options import (
 from services.scheduler.packing import Batch
 from services.scheduler.planner import Option, Problem
 from services.scheduler.policy import Decode, GroupView
+from services.scheduler.profile import SlotKind
 from services.scheduler.skipping import Skippable, find_skippable, skippable_in
 from services.scheduler.state import BatchKey, Request
 
@@ -38,8 +39,9 @@ class Window:
 
     stages of the problem: those of `in_flight`, then gap, slot, gap, slot... decodes: in the order
     of service. skippable: requests of the first slot that may skip, cheapest first. kinds: of the
-    first slot. alone_ms: of the planned slots. past_ms, past_alone_ms: of those behind, with the
-    slots in flight. first_alone_ms: of the first slot. is_forced: the first decode is overdue.
+    first slot. kind_for_latecomers: of it with chunks that are not known of yet. alone_ms: of the
+    planned slots. past_ms, past_alone_ms: of those behind, with the slots in flight.
+    first_alone_ms: of the first slot. is_forced: the first decode is overdue.
     """
 
     problem: Problem
@@ -47,11 +49,18 @@ class Window:
     decodes: tuple[Decode, ...]
     skippable: tuple[Request, ...]
     kinds: Kinds
+    kind_for_latecomers: SlotKind | None
     alone_ms: float
     first_alone_ms: float
     past_ms: float
     past_alone_ms: float
     is_forced: bool
+
+    def beside_kind(self, chunks: int) -> SlotKind | None:
+        """The first slot's with so many chunks beside it, or with a few that may still come."""
+        if chunks:
+            return self.kinds[chunks]
+        return self.kind_for_latecomers
 
     @property
     def in_flight_ms(self) -> float:
@@ -108,6 +117,7 @@ def make_window(view: GroupView, batches: Sequence[Batch], rule: WindowRule) -> 
         decodes=decodes,
         skippable=tuple(one.request for one in slots[0].skippable) if slots else (),
         kinds=slots[0].kinds if slots else {},
+        kind_for_latecomers=_kind_for_latecomers(times, batches[0]) if batches else None,
         alone_ms=sum(alone),
         first_alone_ms=alone[0] if alone else 0.0,
         past_ms=past_ms,
@@ -160,6 +170,14 @@ def _slots(
         options, kinds = built[alike]
         slots.append(_Slot(skippable=candidates, options=options, kinds=kinds))
     return slots
+
+
+def _kind_for_latecomers(times: Times, batch: Batch) -> SlotKind | None:
+    """Of a slot beside as few chunks as any; None where nothing runs beside slots."""
+    counts = times.durations.chunk_counts(batch.key.size)
+    if not counts:
+        return None
+    return times.durations.beside(batch.key.size, batch.rows, counts[0], 1.0)[0]
 
 
 def _num_waiting(view: GroupView, num_running: int, batch: Batch, rule: WindowRule) -> float:

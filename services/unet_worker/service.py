@@ -11,6 +11,7 @@ import torch
 from redis.asyncio import Redis
 
 from services.unet_worker.denoiser import Admission, Denoiser, SlotResult
+from services.unet_worker.giving_way import GivingWay
 from services.unet_worker.hand_over import HandOver
 from services.unet_worker.isolation import run_isolated
 from services.unet_worker.model import DiffusionModel, load_model
@@ -76,6 +77,7 @@ class UnetWorkerService:
         self._pool: TensorPool | None = None
         self._slots: deque[DenoiseSlot] = deque()
         self._hand_over: HandOver
+        self._giving_way: GivingWay
         self._epoch = 0
 
     def stop(self) -> None:
@@ -125,6 +127,7 @@ class UnetWorkerService:
                 ipc=gpu_ipc(model.device),
             )
         self._hand_over = HandOver(self._redis, self._link, settings, self._pool)
+        self._giving_way = GivingWay(model.unet, self._has_chunks_beside)
         place = find_place(
             model.device,
             device_group=settings.device_group,
@@ -147,6 +150,9 @@ class UnetWorkerService:
             step_ms=step_ms,
             pool=self._pool.name if self._pool else "",
         )
+
+    def _has_chunks_beside(self) -> bool:
+        return bool(self._pool and self._pool.has_chunks_beside(time.monotonic_ns()))
 
     def _describe(self, name: str, model: DiffusionModel) -> ModelInfo:
         facts, samplers = model.facts, self._denoiser.samplers
@@ -305,10 +311,14 @@ class UnetWorkerService:
         if self._pool:
             self._pool.set_running_seq(slot.seq)
         start = time.perf_counter()
+        run = partial(
+            self._giving_way.run,
+            partial(run_isolated, self._denoiser.run, slot.rows),
+            threads=slot.threads,
+            threads_beside=slot.threads_beside if slot.threads else 0,
+        )
         result, _ = await asyncio.gather(
-            self._compute.run(
-                partial(run_isolated, self._denoiser.run, slot.rows), threads=slot.threads
-            ),
+            self._compute.run(run, threads=slot.threads),
             asyncio.to_thread(self._denoiser.draw_ahead),
         )
         duration = time.perf_counter() - start

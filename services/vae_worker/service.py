@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import statistics
 import time
 from collections import deque
@@ -56,6 +57,12 @@ GRANT_WAIT_S = 10.0
 """A grant bound to a slot waits at most so long for it: nothing waits for a slot that is lost."""
 
 GRANT_POLL_S = 0.002
+
+CHUNK_LEASE_NS = 2_000_000_000
+"""A UNet worker gives way to a chunk for at most so long."""
+
+NEXT_CHUNK_NS = 2_000_000
+"""And for so long after it, so that it doesn't take its cores back for the moment between two."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -326,6 +333,7 @@ class VaeWorkerService:
         """One chunk; the image after the last. Runs in the compute thread."""
         assert decode.chunks is not None
         start = time.perf_counter()
+        self._tell_unet(decode, CHUNK_LEASE_NS)
         try:
             next(decode.chunks)
             finish_work(self._decoder.device)
@@ -337,7 +345,15 @@ class VaeWorkerService:
             decode.done += 1
             decode.compute_s += duration_s
             decode.grants[0].compute_s += duration_s
+            self._tell_unet(decode, NEXT_CHUNK_NS)
         return None
+
+    def _tell_unet(self, decode: Decode, busy_ns: int) -> None:
+        """Tell the UNet worker on the same device for how long it should give way."""
+        pool = decode.grants[0].command.pool
+        if pool:
+            with contextlib.suppress(HandleLostError):
+                self._reader.note_chunks(pool, until_ns=time.monotonic_ns() + busy_ns)
 
     async def _measure(self, command: MeasureChunks) -> None:
         """Time decodes of dummy latents; no request is touched."""

@@ -201,6 +201,16 @@ def test_a_closed_pool_is_lost_and_its_mapping_dropped(pool, reader, directory) 
     assert reader.drop_dead() == 0, "the failed read has dropped it already"
 
 
+def test_a_reader_says_until_when_its_chunks_run(pool, reader) -> None:
+    assert not pool.has_chunks_beside(0)
+    reader.note_chunks(pool.name, until_ns=1_000)
+    assert pool.has_chunks_beside(999)
+    assert not pool.has_chunks_beside(1_000)
+    pool.close()
+    with pytest.raises(HandleLostError):
+        reader.note_chunks(pool.name, until_ns=2_000)
+
+
 def test_the_running_seq_is_seen_by_readers(pool, reader) -> None:
     assert reader.running_seq(pool.name) == -1
     pool.set_running_seq(41)

@@ -110,12 +110,13 @@ class SynerDiff:
         in_gap = queue.grant(gap.chunks, is_gap=True)
         if in_gap:
             return Plan(grants=grants + in_gap, outlook=outlook, spends=(gap.ms, 0.0))
-        kind = window.kinds[slot.chunks]
+        kind, beside_kind = window.kinds[slot.chunks], window.beside_kind(slot.chunks)
         beside = queue.grant(slot.chunks, threads=kind.vae_threads, is_bound=True)
         skipped = frozenset(one.request_id for one in islice(window.skippable, slot.skips))
         return Plan(
             rows=make_rows(requests, skipped),
-            threads=kind.unet_threads,
+            threads=window.kinds[0].unet_threads,
+            threads_beside=beside_kind.unet_threads if beside_kind else 0,
             kind=kind,
             grants=grants + beside,
             outlook=outlook,

@@ -27,7 +27,8 @@ class Device:
     """What runs on one device, and what its workers know of each other.
 
     running_seq: of the slot that runs, or the next number after the last one's end; as in the
-    header of the UNet worker's pool. unet_threads, vae_threads: as last set by either side.
+    header of the UNet worker's pool. unet_threads, vae_threads: as last set by either side, while
+    both are busy.
 
     Args:
         clock: The simulation's.

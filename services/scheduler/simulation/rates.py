@@ -31,19 +31,18 @@ class Rates:
 
 
 def slot_rates(
-    profile: Profile, size: str, rows: int, *, unet_threads: int, vae_threads: int
+    profile: Profile,
+    size: str,
+    rows: int,
+    *,
+    unet_threads: int,
+    unet_threads_beside: int,
+    vae_threads: int,
 ) -> Rates:
-    """Of a slot of so many rows."""
+    """Of a slot of so many rows. unet_threads_beside: while chunks run."""
     alone_ms = _alone_ms(profile, size, rows, unet_threads)
-    kind = _beside_kind(profile, unet_threads, vae_threads)
-    if kind is None:
-        return Rates(alone_ms=alone_ms, beside_ms=EVEN_SHARE * alone_ms)
-    step_ms, chunks_ms = profile.slot_ms(size, rows, kind)
-    if chunks_ms >= step_ms:
-        return Rates(alone_ms=alone_ms, beside_ms=max(step_ms, alone_ms))
-    # The chunks were over before the step was: the rest of it ran at the rate of alone.
-    done_beside = 1 - (step_ms - chunks_ms) / alone_ms
-    beside_ms = chunks_ms / done_beside if done_beside > 0 else EVEN_SHARE * alone_ms
+    kind = _beside_kind(profile, unet_threads_beside, vae_threads)
+    beside_ms = profile.beside_ms(size, rows, kind) if kind else EVEN_SHARE * alone_ms
     return Rates(alone_ms=alone_ms, beside_ms=max(beside_ms, alone_ms))
 
 

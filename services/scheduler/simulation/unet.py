@@ -122,7 +122,8 @@ class SimulatedUnet:
     def _begin_slot(self, slot: messages.DenoiseSlot) -> None:
         device, world = self._device, self._world
         device.running_seq = slot.seq
-        device.unet_threads = slot.threads
+        threads_beside = slot.threads_beside or slot.threads
+        device.unet_threads = threads_beside
         rows = [row for row in slot.rows if self._is_held(row)]
         if not rows:
             self._end_slot(slot, [], 0.0)
@@ -133,6 +134,7 @@ class SimulatedUnet:
             world.key(rows[0].request_id),
             num_rows,
             unet_threads=slot.threads,
+            unet_threads_beside=threads_beside,
             vae_threads=device.vae_threads,
         )
         world.log.slot(num_rows)
