@@ -27,7 +27,6 @@ from bench.simulated_stack import SimulatedStack
 from cli.stack import COMPILED_KERNELS, WORKER_ENVIRONMENT
 from services.scheduler.profile import Profile
 from services.scheduler.profile_file import parse_profile
-from services.scheduler.simulation.arrivals import Mix, make_arrivals
 
 
 def run(  # noqa: PLR0917 - options of a command
@@ -82,8 +81,6 @@ def run(  # noqa: PLR0917 - options of a command
     return line
 
 
-NUM_TO_WARM_UP = 40
-
 StackOf = Callable[[Cell], Stack]
 """The stack of a cell."""
 
@@ -97,11 +94,7 @@ def _simulated_stacks(profile: Profile) -> Iterator[StackOf]:
 
 @contextlib.contextmanager
 def _real_stacks(profile: Path) -> Iterator[StackOf]:
-    """One stack with our workers, one with default threads, each started when it is needed.
-
-    Each warms up first, by slots of many sizes.
-    """
-    warm_up = make_arrivals("backlog", rate=NUM_TO_WARM_UP, duration_s=1, mix=Mix(), seed=99)
+    """One stack with our workers, one with default threads, each started when it is needed."""
     with contextlib.ExitStack() as all_of_them:
         running: dict[bool, Stack] = {}
 
@@ -112,8 +105,7 @@ def _real_stacks(profile: Path) -> Iterator[StackOf]:
                 stack = all_of_them.enter_context(
                     real_stack(profile=profile, worker_environment=environment)
                 )
-                stack.serve_by(BY_NAME[cell.contender].policy)
-                stack.play(warm_up)
+                stack.warm_up(BY_NAME[cell.contender].policy)
                 running[is_default] = stack
             return running[is_default]
 

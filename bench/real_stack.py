@@ -26,12 +26,14 @@ from bench.server import connect, private_server
 from cli.client import GatewayError, is_ready
 from cli.stack import WORKER_ENVIRONMENT, Stack, StackOptions, prepare_stack
 from cli.supervisor import Service
-from services.scheduler.simulation.arrivals import Arrival
+from services.scheduler.simulation.arrivals import Arrival, Mix, make_arrivals
 from shared import codec, keys
 from shared.messages import MeasureSlot, SlotMeasured, WorkerInfo
 
 START_TIMEOUT_S: Final = 600.0
 SLOT_WINDOW_MS: Final = 1_000.0
+NUM_TO_WARM_UP: Final = 40
+WARM_UP_SEED: Final = 99
 PROMPTS: Final = ("red apple", "cat face", "rocket", "sunflower", "pizza")
 
 
@@ -144,6 +146,16 @@ class RealStack:
             if dead or time.monotonic() > deadline:
                 raise GatewayError(f"{dead or policy} did not come up:\n{self._log(dead)}")
             time.sleep(0.1)
+
+    def warm_up(self, policy: str) -> None:
+        """Serve by that policy; first some pictures that nobody times, in slots of many sizes.
+
+        The first slot of each size is compiled.
+        """
+        self.serve_by(policy)
+        self.play(
+            make_arrivals("backlog", rate=NUM_TO_WARM_UP, duration_s=1, mix=Mix(), seed=WARM_UP_SEED)
+        )
 
     def play(self, arrivals: Sequence[Arrival]) -> list[Served]:
         """Send every request at its time over HTTP and wait for all of them."""

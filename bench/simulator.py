@@ -49,8 +49,8 @@ def run(
         with real_stack(profile=path) as stack:
             now = slowed_down(known, device_slowdown(stack, known))
             capacity = min(_capacity(now, policy, mix, seed) for policy in POLICIES)
-            stack.serve_by(POLICIES[0])
-            stack.play(make_arrivals("backlog", rate=4, duration_s=1, mix=mix, seed=seed))
+            for policy in POLICIES[:1] if quick else POLICIES:
+                stack.warm_up(policy)
             for load in loads:
                 rate = load * capacity
                 duration_s = num_requests / rate / num_traces

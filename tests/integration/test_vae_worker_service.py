@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,11 +16,12 @@ import torch
 from denoising import parameters
 from redis.asyncio import Redis
 
-from services.vae_worker.service import Decode, VaeWorkerService
+from services.vae_worker.service import NEXT_CHUNK_NS, Decode, VaeWorkerService
 from shared import keys, messages
 from shared.settings import VaeWorkerSettings
 from shared.streams import Streams
 from shared.tensor_bytes import pack_tensor
+from shared.tensor_pool import TensorPool
 
 ATTEMPT = "1-1"
 EPOCH = 1
@@ -78,10 +81,15 @@ class Desk:
             )
         )
 
-    async def grant(self, request_id: str, chunks: int) -> None:
+    async def grant(self, request_id: str, chunks: int, *, pool: str = "") -> None:
         await self.tell(
             messages.GrantChunks(
-                epoch=EPOCH, request_id=request_id, attempt=ATTEMPT, chunks=chunks, threads=1
+                epoch=EPOCH,
+                request_id=request_id,
+                attempt=ATTEMPT,
+                chunks=chunks,
+                threads=1,
+                pool=pool,
             )
         )
 
@@ -118,6 +126,33 @@ async def test_a_decode_runs_as_many_chunks_as_are_granted(
         assert (await desk.hear(messages.ChunksDecoded)).chunks_done == 3
         await desk.grant("a", desk.num_chunks)
         assert (await desk.hear(messages.ChunksDecoded)).chunks_done == desk.num_chunks
+
+
+async def test_the_unet_worker_is_told_while_chunks_of_its_device_run(
+    redis: Redis, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    advance = VaeWorkerService._advance
+
+    def look(self: VaeWorkerService, decode: Decode) -> torch.Tensor | None:
+        seen.append(pool.has_chunks_beside(time.monotonic_ns()))
+        return advance(self, decode)
+
+    def look_inside(*_: object) -> None:
+        seen.append(pool.has_chunks_beside(time.monotonic_ns()))
+
+    monkeypatch.setattr(VaeWorkerService, "_advance", look)
+    monkeypatch.setattr("services.vae_worker.service.finish_work", look_inside)
+    pool = TensorPool(f"unet-{uuid.uuid4().hex[:8]}", num_slots=1, slot_bytes=64)
+    try:
+        async with working(redis, tiny_model_folder) as (_, desk):
+            await desk.hand_over("a")
+            await desk.grant("a", 1, pool=pool.name)
+            await desk.hear(messages.ChunksDecoded)
+        assert seen == [False, True]
+        assert not pool.has_chunks_beside(time.monotonic_ns() + NEXT_CHUNK_NS)
+    finally:
+        pool.close()
 
 
 async def test_a_worker_whose_gpu_is_lost_ends_instead_of_failing_decodes(

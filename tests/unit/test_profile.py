@@ -8,6 +8,7 @@ import pytest
 from scheduler_world import make_worker
 
 from services.scheduler.drift import ALONE, MAX_RATIO, WEIGHT, Drift
+from services.scheduler.durations import Durations
 from services.scheduler.profile import (
     DecodeTiming,
     Profile,
@@ -58,6 +59,31 @@ def test_durations_are_interpolated_and_other_sizes_scaled_by_pixels() -> None:
     decode = PROFILE.decode("128x128")
     assert decode
     assert sum(decode.chunk_ms) == pytest.approx(80.0)
+
+
+def test_a_slot_with_chunks_all_along_is_slower_than_one_with_a_few() -> None:
+    kind = SlotKind(unet_threads=1, vae_threads=1, chunks=2)
+    alone = SlotTiming(key="64x64", kind=SlotKind(unet_threads=1), step_ms={8: 60.0})
+    beside = SlotTiming(key="64x64", kind=kind, step_ms={8: 70.0}, chunks_ms={8: 40.0})
+    profile = replace(PROFILE, slots=(PROFILE.slots[0], alone, beside))
+    # 30 ms of it ran alone, so half of it was done in the 40 ms beside the chunks.
+    assert profile.beside_ms("64x64", 8, kind) == pytest.approx(80.0)
+    outlasting = replace(beside, chunks_ms={8: 90.0})
+    profile = replace(PROFILE, slots=(PROFILE.slots[0], alone, outlasting))
+    assert profile.beside_ms("64x64", 8, kind) == pytest.approx(70.0)
+
+
+def test_a_slot_gives_way_only_while_chunks_run() -> None:
+    kind = SlotKind(unet_threads=1, vae_threads=1, chunks=2)
+    alone = SlotTiming(key="64x64", kind=SlotKind(unet_threads=1), step_ms={8: 60.0})
+    beside = SlotTiming(key="64x64", kind=kind, step_ms={8: 78.0}, chunks_ms={8: 78.0})
+    durations = Durations(replace(PROFILE, slots=(PROFILE.slots[0], alone, beside)))
+    assert durations.alone("64x64", 8) == (SlotKind(unet_threads=2), 39.0)
+    # At half of its speed for the 39 ms that a chunk takes.
+    assert durations.beside("64x64", 8, 1, 1.0) == (kind, pytest.approx(39.0 + 39.0 / 2))
+    assert durations.beside("64x64", 8, 2, 1.0) == (kind, pytest.approx(78.0))
+    # Then it is over, and the other chunks are beside the next one.
+    assert durations.beside("64x64", 8, 4, 1.0) == (kind, pytest.approx(156.0))
 
 
 def test_a_profile_survives_its_file() -> None:

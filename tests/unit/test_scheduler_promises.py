@@ -107,6 +107,10 @@ def test_a_decode_that_comes_while_slots_are_in_flight_begins_beside_them() -> N
     grants = sent(world, messages.GrantChunks)
     assert sum(grant.chunks for grant in grants) == 4
     assert grants[0].beside_seq == in_flight[0]
+    (unet,) = world.core.unets.values()
+    assert {grant.pool for grant in grants} == {unet.info.pool}
+    slots = sent(world, messages.DenoiseSlot)
+    assert {slot.threads_beside for slot in slots} == {1}, "they give way to whoever comes"
 
 
 def assert_nothing_ran_beside_a_slot(world: World) -> None:
