@@ -154,7 +154,9 @@ class RealStack:
         """
         self.serve_by(policy)
         self.play(
-            make_arrivals("backlog", rate=NUM_TO_WARM_UP, duration_s=1, mix=Mix(), seed=WARM_UP_SEED)
+            make_arrivals(
+                "backlog", rate=NUM_TO_WARM_UP, duration_s=1, mix=Mix(), seed=WARM_UP_SEED
+            )
         )
 
     def play(self, arrivals: Sequence[Arrival]) -> list[Served]:

@@ -217,10 +217,10 @@ class Core:
             request.skip_steps = report.skip_steps if report.can_skip else 0
             request.skip_error = report.skip_error or request.skip_error
             request.num_skipped += report.was_skipped
-            request.has_skipped_before |= report.was_skipped
+            if report.has_run and not report.was_skipped:
+                request.last_full = max(request.last_full, request.done_step - 1)
             if not request.slots_in_flight:
                 request.next_step = request.done_step
-                request.is_skip_in_flight = False
             moved.append(request)
         self._outbox.report(moved)
         self._dispatch.adjust_threshold(unet, self._now)

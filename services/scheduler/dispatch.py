@@ -273,9 +273,10 @@ class Dispatch:
         unet.turns[key] = unet.num_slots
         for row in plan.rows:
             request = self._requests[row.request_id]
+            if not row.skip:
+                request.last_full = request.next_step
             request.next_step += 1
             request.slots_in_flight += 1
-            request.is_skip_in_flight = row.skip
         slot = messages.DenoiseSlot(
             epoch=self._outbox.epoch,
             seq=self._next_seq,

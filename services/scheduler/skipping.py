@@ -8,6 +8,7 @@ from math import floor
 
 from services.scheduler.profile import Profile, SkipLevel
 from services.scheduler.state import Request
+from shared.guidance_skip import SKIP_LEVELS
 
 
 def skip_credits(request: Request, profile: Profile) -> int:
@@ -19,21 +20,24 @@ def skip_credits(request: Request, profile: Profile) -> int:
     if level is None or not request.is_guided:
         return 0
     allowed = floor(2 * level.rows_saved * request.num_forwards + 0.5)
-    asked = 1 if request.is_skip_in_flight else 0
+    asked = request.next_step - max(request.done_step, request.last_full + 1)
     return max(allowed - request.num_skipped - asked, 0)
 
 
 def may_skip_next(request: Request) -> bool:
     """Whether the next step not yet in flight may be skipped, as far as can be known here.
 
-    The worker has the last word. Behind a full step in flight it is not known yet; requests that
-    could skip before mostly can again, right after a full step.
+    The worker has the last word. Behind a full step in flight it is not known yet whether the
+    request's own error allows it; how far apart the level's full steps lie is.
     """
-    if not request.slots_in_flight:
-        return request.skip_steps > 0
-    if request.is_skip_in_flight:
-        return request.skip_steps > request.slots_in_flight
-    return request.has_skipped_before or request.skip_steps > request.slots_in_flight
+    if request.last_full < request.done_step:
+        return request.next_step - request.done_step < request.skip_steps
+    parameters = request.request.parameters
+    level = SKIP_LEVELS.get(parameters.guidance_skip)
+    if level is None or request.num_forwards != parameters.num_inference_steps:
+        return False
+    distance = request.next_step - request.last_full
+    return 0 < distance <= level.steps_in_gap(request.last_full, request.num_forwards)
 
 
 def skippable_next(requests: Iterable[Request], profile: Profile) -> frozenset[str]:
@@ -66,7 +70,7 @@ def find_skippable(
     found = []
     for request in requests:
         is_next = may_skip_next(request)
-        if not is_next and not request.has_skipped_before:
+        if not is_next and not request.num_skipped:
             continue
         budget = skip_credits(request, profile)
         if budget:

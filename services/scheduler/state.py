@@ -68,7 +68,8 @@ class Request:
     at which the next worker can go on with it.
     slots_in_flight: slots that carry a row of it and are not reported yet. skip_steps: steps in a
     row from done_step on that its worker allows to be skipped; skip_error: how far the guidance
-    was off when last measured; num_skipped: so far. granted_chunks, done_chunks: of its decode;
+    was off when last measured; num_skipped: so far; last_full: its last step with full guidance,
+    counting those in flight, -1 where none is known. granted_chunks, done_chunks: of its decode;
     has_gap: its last grant has the device to itself, and slots wait for it. latents_at: when its
     latents were there.
     """
@@ -87,8 +88,7 @@ class Request:
     skip_steps: int = 0
     skip_error: float = 0.0
     num_skipped: int = 0
-    is_skip_in_flight: bool = False
-    has_skipped_before: bool = False
+    last_full: int = -1
     latents: LatentsFinished | None = None
     latents_at: float = 0.0
     vae: str = ""
@@ -149,7 +149,7 @@ class Request:
         self.latents = None
         self.next_step = self.done_step = self.slots_in_flight = 0
         self.skip_steps = self.num_skipped = 0
-        self.is_skip_in_flight = self.has_skipped_before = False
+        self.last_full = -1
         self.forget_decode()
 
     def hand_back(self, step_index: int) -> None:
@@ -158,7 +158,7 @@ class Request:
         self.unet = ""
         self.next_step = self.done_step = step_index
         self.slots_in_flight = self.skip_steps = 0
-        self.is_skip_in_flight = False
+        self.last_full = -1
 
     def forget_decode(self) -> None:
         """No chunk of it is granted or done."""
