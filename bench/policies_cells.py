@@ -11,7 +11,7 @@ from bench.contenders import ALL, EQUAL_SKIP, NAIVE, SYNERDIFF, TUNED, WITHOUT, 
 from services.scheduler.simulation.arrivals import Mix
 
 Samples = Mapping[str, Mapping[str, Any]]
-Kind = Literal["throughput", "unloaded", "capacity", "latency"]
+Kind = Literal["throughput", "standing", "unloaded", "capacity", "latency"]
 _TO_CAPACITY: tuple[Kind, ...] = ("unloaded", "capacity")
 
 
@@ -19,8 +19,9 @@ _TO_CAPACITY: tuple[Kind, ...] = ("unloaded", "capacity")
 class Plan:
     """How much is measured.
 
-    num_requests: of a trace. num_in_backlog: that stand at once for the throughput. num_unloaded:
-    served one after the other. has_loads: capacities and latencies at loads are measured; without,
+    num_requests: of a trace. num_in_backlog: that stand at once for the throughput. num_standing:
+    the same for what is attained of the ceiling: so many that their end, when slots get smaller,
+    hardly counts; 0 makes do with the throughput. num_unloaded: served one after the other. has_loads: capacities and latencies at loads are measured; without,
     latencies are those of the backlog.
     """
 
@@ -28,6 +29,7 @@ class Plan:
     contenders: tuple[Contender, ...] = ALL
     num_requests: int
     num_in_backlog: int
+    num_standing: int = 0
     num_unloaded: int = 20
     has_loads: bool = True
     mix: Mix = field(default_factory=Mix)
@@ -36,7 +38,7 @@ class Plan:
     def full(cls, seed: int, *, num_seeds: int, num_requests: int) -> Plan:
         """Every contender, several seeds."""
         seeds = tuple(range(seed, seed + num_seeds))
-        return cls(seeds=seeds, num_requests=num_requests, num_in_backlog=120)
+        return cls(seeds=seeds, num_requests=num_requests, num_in_backlog=120, num_standing=480)
 
     @classmethod
     def quick(cls, seed: int) -> Plan:
@@ -105,6 +107,8 @@ def next_cells(plan: Plan, samples: Samples, *, only_missing: bool) -> list[Cell
         for seed in plan.seeds
         for one in plan.contenders
     ]
+    if plan.num_standing:
+        cells += [Cell(kind="standing", seed=seed, contender=SYNERDIFF.name) for seed in plan.seeds]
     if plan.has_loads and all(cell.name in samples for cell in cells):
         cells += _cells_at_loads(plan, samples)
     return [cell for cell in cells if not only_missing or cell.name not in samples]

@@ -48,10 +48,11 @@ class Stack(TimesSlots, Protocol):
 def measure(stack: Stack, cell: Cell, plan: Plan, samples: Samples, profile: Profile) -> Sample:
     """One cell. samples: of earlier ones. profile: of the device."""
     policy = BY_NAME[cell.contender].policy
-    if cell.kind == "throughput":
+    if cell.kind in {"throughput", "standing"}:
         before = device_slowdown(stack, profile)
         stack.serve_by(policy)
-        figures = _throughput(stack, cell, plan)
+        count = plan.num_standing if cell.kind == "standing" else plan.num_in_backlog
+        figures = _throughput(stack, cell, plan, count)
         return {**figures, "slowdown": mean((before, device_slowdown(stack, profile)))}
     stack.serve_by(policy)
     match cell.kind:
@@ -64,9 +65,8 @@ def measure(stack: Stack, cell: Cell, plan: Plan, samples: Samples, profile: Pro
             return _figures(stack.play(_trace(plan, load, cell.seed))) | {"load_per_s": load}
 
 
-def _throughput(stack: Stack, cell: Cell, plan: Plan) -> Sample:
+def _throughput(stack: Stack, cell: Cell, plan: Plan, count: int) -> Sample:
     """From a standing backlog."""
-    count = plan.num_in_backlog
     backlog = make_arrivals("backlog", rate=count, duration_s=1, mix=plan.mix, seed=cell.seed)
     return _figures(stack.play(backlog))
 

@@ -68,8 +68,9 @@ def _attained(plan: Plan, samples: Samples, profile: Profile) -> float | None:
     The device's speed right before and after each run counts, as the slowdown since the profile.
     """
     shares = []
+    kind = "standing" if plan.num_standing else "throughput"
     for seed in plan.seeds:
-        sample = samples.get(f"throughput/{seed}/{SYNERDIFF.name}")
+        sample = samples.get(f"{kind}/{seed}/{SYNERDIFF.name}")
         if sample:
             least_s = ceiling_s(profile, num_rows=sample["rows_per_picture"], num_decodes=1)
             shares.append(sample["throughput_per_s"] * least_s * sample["slowdown"])
