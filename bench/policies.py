@@ -43,8 +43,9 @@ def run(  # noqa: PLR0917 - options of a command
     """Measure what is still missing, and compare.
 
     Returns: `naive`, `best`, `best_equal_skip`: `name` of the baseline (default threads; the best
-    tuned; the best tuned that skips, too), `throughput_ratio`, `mean_latency_reduction` and
-    `p99_latency_reduction` of synerdiff against it; and `attained_over_ceiling`.
+    tuned; the best tuned that skips, too), `throughput_ratio` (at the same speed of the device),
+    `mean_latency_reduction` and `p99_latency_reduction` of synerdiff against it; and
+    `attained_over_ceiling`.
     """
     plan = Plan.quick(seed) if quick else Plan.full(seed, num_seeds=seeds, num_requests=requests)
     suffix = (f"_simulated_{simulated.stem}" if simulated else "") + ("_quick" if quick else "")
