@@ -21,8 +21,9 @@ class Plan:
 
     num_requests: of a trace. num_in_backlog: that stand at once for the throughput. num_standing:
     the same for what is attained of the ceiling: so many that their end, when slots get smaller,
-    hardly counts; 0 makes do with the throughput. num_unloaded: served one after the other. has_loads: capacities and latencies at loads are measured; without,
-    latencies are those of the backlog.
+    hardly counts; 0 makes do with the throughput. num_unloaded: served one after the other.
+    has_loads: capacities and latencies at loads are measured; without, latencies are those of the
+    backlog.
     """
 
     seeds: tuple[int, ...]
