@@ -211,9 +211,11 @@ def _vae_side(model: Path, device: str, dtype: DtypeName, num_chunks: int) -> _V
 class _UnetSide:
     def __init__(self, model: Path, device: str, dtype: DtypeName) -> None:
         from services.unet_worker.model import load_model  # noqa: PLC0415
+        from services.unet_worker.prepare import prepare_unet  # noqa: PLC0415
         from services.unet_worker.text_encoder import TextEncoder  # noqa: PLC0415
 
         self._model = load_model(model, device=device, dtype=dtype)
+        prepare_unet(self._model)
         self._encoder = TextEncoder(self._model.pipeline, device=self._model.device, max_cached=0)
         self._inputs: tuple[torch.Tensor, ...] = ()
 

@@ -12,7 +12,6 @@ import torch
 from services.unet_worker.model import DiffusionModel
 from services.unet_worker.slot import predict_noise
 from shared.device import finish_work
-from shared.errors import ConfigurationError
 from shared.worker import sample_for
 
 
@@ -24,12 +23,8 @@ def warm_up(
     Raises:
         ConfigurationError: A side is no multiple of the model's `side_multiple`.
     """
-    multiple = model.facts.side_multiple
+    model.check_sizes(sizes)
     for height, width in sizes:
-        if height % multiple or width % multiple or not height * width:
-            raise ConfigurationError(
-                f"a size to warm up is {width}x{height}: both sides must be multiples of {multiple}"
-            )
         for num_rows in row_counts:
             _forward_zeros(model, num_rows, height, width)
 

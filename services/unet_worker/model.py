@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import diffusers
 import torch
 import transformers
 
+from services.unet_worker.unet_forward import UnetForward
 from shared.device import DtypeName, choose_device, choose_dtype
 from shared.errors import ConfigurationError
 
@@ -48,14 +50,25 @@ class DiffusionModel:
 
     pipeline: diffusers' own `StableDiffusionPipeline` without its VAE: the text encoder, the
     tokenizer, and the scheduler with its configuration as the pipeline corrects it. unet: on
-    `device` in `dtype`, `channels_last`.
+    `device` in `dtype`, `channels_last`. forward: calls it.
     """
 
     pipeline: Any
     unet: Any
+    forward: UnetForward
     facts: ModelFacts
     device: torch.device
     dtype: torch.dtype
+
+    def check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Raise ConfigurationError unless each (height, width) in pixels can be generated."""
+        multiple = self.facts.side_multiple
+        for height, width in sizes:
+            if height % multiple or width % multiple or not height * width:
+                raise ConfigurationError(
+                    f"a size to warm up is {width}x{height}: "
+                    f"both sides must be multiples of {multiple}"
+                )
 
 
 def load_model(
@@ -97,7 +110,12 @@ def load_model(
     pipeline.text_encoder.eval().requires_grad_(False)
     unet = pipeline.unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return DiffusionModel(
-        pipeline=pipeline, unet=unet, facts=facts, device=torch_device, dtype=torch_dtype
+        pipeline=pipeline,
+        unet=unet,
+        forward=UnetForward(unet),
+        facts=facts,
+        device=torch_device,
+        dtype=torch_dtype,
     )
 
 

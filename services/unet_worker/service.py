@@ -15,6 +15,7 @@ from services.unet_worker.giving_way import GivingWay
 from services.unet_worker.hand_over import HandOver
 from services.unet_worker.isolation import run_isolated
 from services.unet_worker.model import DiffusionModel, load_model
+from services.unet_worker.prepare import prepare_unet
 from services.unet_worker.resume import find_state, leave_state
 from services.unet_worker.samplers import DEFAULT_SAMPLER
 from shared import keys, metrics
@@ -116,6 +117,8 @@ class UnetWorkerService:
         self._denoiser = Denoiser(
             model, max_requests=settings.max_requests, max_side=settings.max_side
         )
+        is_recorded = prepare_unet(model, settings.sizes_to_warm_up)
+        log.info("loaded", device=str(model.device), is_recorded=is_recorded)
         step_ms = self._denoiser.measure(PROFILE_ROWS)
         self._denoiser.warm_up(settings.sizes_to_warm_up, tuple(step_ms))
         if settings.transport == "auto":
@@ -127,7 +130,7 @@ class UnetWorkerService:
                 ipc=gpu_ipc(model.device),
             )
         self._hand_over = HandOver(self._redis, self._link, settings, self._pool)
-        self._giving_way = GivingWay(model.unet, self._has_chunks_beside)
+        self._giving_way = GivingWay(self._has_chunks_beside)
         place = find_place(
             model.device,
             device_group=settings.device_group,

@@ -214,11 +214,10 @@ def predict_noise(
     Returns:
         (rows, C, h, w), float32.
     """
-    prediction: torch.Tensor = model.unet(
+    prediction = model.forward(
         sample.to(model.dtype, memory_format=torch.channels_last),
         timestep,
-        encoder_hidden_states=prompt_embeds,
-        timestep_cond=timestep_cond if timestep_cond.shape[1] else None,
-        return_dict=False,
-    )[0]
+        prompt_embeds,
+        *([timestep_cond] if timestep_cond.shape[1] else []),
+    )
     return prediction.float().contiguous()
