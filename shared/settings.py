@@ -116,7 +116,8 @@ class WorkerSettings(ServiceSettings):
 
     worker_id: who a restarted worker is; may hold {kind}, {hostname} and {pid}. device_group: empty
     means the physical device. threads: 0 means as many as the process may use. warm_up_sizes: sizes
-    to be ready for beside the model's own, as in "256x256 512x768" (width first, in pixels).
+    to be ready for beside the model's own, as in "256x256 512x768" (width first, in pixels); on a
+    CPU, others take longer a step.
     """
 
     worker_id: str = Field(

@@ -10,7 +10,7 @@ on: Python hooks would be lost where the UNet is run as a recorded graph (`unet_
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -26,9 +26,12 @@ class GivingWay:
 
     Args:
         has_chunks_beside: Whether chunks run now; asked often, so it should take microseconds.
+
+    Attributes:
+        running: Of this process, whose one thread computes; an operation has no other way to it.
     """
 
-    _running: GivingWay | None = None  # an operation has no self; one thread of a process computes
+    running: ClassVar[GivingWay | None] = None
 
     def __init__(self, has_chunks_beside: Callable[[], bool]) -> None:
         self._has_chunks_beside = has_chunks_beside
@@ -43,11 +46,11 @@ class GivingWay:
             return call()
         self._threads = self._now = threads
         self._threads_beside = threads_beside
-        GivingWay._running = self
+        GivingWay.running = self
         try:
             return call()
         finally:
-            GivingWay._running = None
+            GivingWay.running = None
             self._set(threads)
 
     def look(self) -> None:
@@ -72,11 +75,10 @@ def _look_ahead(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any,
 
 
 def _give_way(x: torch.Tensor) -> torch.Tensor:
-    if GivingWay._running:
-        GivingWay._running.look()
+    if GivingWay.running:
+        GivingWay.running.look()
     return x
 
 
-_library = torch.library.Library("synerdiff", "DEF")
-_library.define("give_way(Tensor(a) x) -> Tensor(a)")
-_library.impl("give_way", _give_way, "CPU")
+torch.library.define("synerdiff::give_way", "(Tensor(a) x) -> Tensor(a)")
+torch.library.impl("synerdiff::give_way", "cpu", _give_way)

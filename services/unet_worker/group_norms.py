@@ -16,6 +16,8 @@ MAX_POSITIONS = 1023
 
 MAX_CHANNELS_PER_GROUP = 15
 
+_DIMS_OF_MAPS = 4  # rows, channels, height, width
+
 
 def lay_out_group_norms(unet: torch.nn.Module) -> None:
     """From now on the UNet's small group norms see contiguous maps; its other layers as before.
@@ -31,7 +33,7 @@ def lay_out_group_norms(unet: torch.nn.Module) -> None:
 def _is_slow(norm: torch.nn.Module, x: torch.Tensor) -> bool:
     assert isinstance(norm, torch.nn.GroupNorm)
     return (
-        x.dim() == 4
+        x.dim() == _DIMS_OF_MAPS
         and x.dtype == torch.bfloat16
         and x.shape[2] * x.shape[3] <= MAX_POSITIONS
         and norm.num_channels // norm.num_groups <= MAX_CHANNELS_PER_GROUP

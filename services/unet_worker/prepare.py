@@ -27,7 +27,8 @@ def prepare_unet(model: DiffusionModel, sizes: Sequence[tuple[int, int]] = ()) -
         return False
     lay_out_group_norms(model.unet)
     watch(model.unet)
-    return all([_record(model, height, width) for height, width in sizes])
+    are_recorded = [_record(model, height, width) for height, width in sizes]
+    return all(are_recorded)
 
 
 def _record(model: DiffusionModel, height: int, width: int) -> bool:

@@ -46,7 +46,7 @@ class UnetForward:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of age, and for each Python condition on the way
-                graph = torch.jit.trace(self._call, inputs, check_trace=False)
+                graph = torch.jit.trace(self._call, inputs, check_trace=False)  # type: ignore[no-untyped-call]
             is_same = torch.equal(graph(*others), self._call(*others))
         except RuntimeError:  # an operation that can't be recorded, or not for any number of rows
             return False
