@@ -36,7 +36,7 @@ from shared.device import choose_device, choose_dtype
 from shared.profile_files import ChunkGranularity
 from shared.settings import available_threads
 
-ROWS = (1, 2, 4, 8, 12, 16, 24, 32)
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 SHORT_REPEATS = 3
 
 STRIP_FRACTIONS = (0.0, 0.25, 0.1)

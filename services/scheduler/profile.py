@@ -188,12 +188,11 @@ class Profile:
         return self._kinds[key]
 
     def alone_kind(self, key: str) -> SlotKind:
-        """The fastest kind with no chunk beside it."""
+        """The fastest kind with no chunk beside it, at the largest number of rows of all kinds."""
         if key not in self._alone_kinds:
             alone = [kind for kind in self.kinds(key) if kind.chunks == 0]
-            self._alone_kinds[key] = min(
-                alone, key=lambda kind: min(self._timings(key, kind)[0].values())
-            )
+            rows = min(max(self._timings(key, kind)[0]) for kind in alone)
+            self._alone_kinds[key] = min(alone, key=lambda kind: self.slot_ms(key, rows, kind)[0])
         return self._alone_kinds[key]
 
     def beside_kinds(self, key: str) -> tuple[SlotKind, ...]:
