@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import Final, Protocol
+
+import numpy as np
 
 from services.scheduler.profile import Profile
+
+FEW_ROWS: Final = 4
+"""A slot that small stands for those bound by calls and threads that wait for each other; they
+slow down by another factor than full ones where a machine's cores come to share one of the host."""
 
 
 class TimesSlots(Protocol):
@@ -17,19 +23,30 @@ class TimesSlots(Protocol):
         ...
 
 
-def device_slowdown(stack: TimesSlots, profile: Profile) -> float:
-    """How much longer a full slot alone takes now than when the profile was measured."""
+def device_slowdown(stack: TimesSlots, profile: Profile, *, rows: int = 0) -> float:
+    """How much longer a slot alone takes now than when the profile was measured. 0: a full one."""
     size = profile.slots[0].key
-    rows, kind = profile.knee(size), profile.alone_kind(size)
+    rows, kind = rows or profile.knee(size), profile.alone_kind(size)
     now_ms = stack.slot_ms(size=size, rows=rows, threads=kind.unet_threads)
     return now_ms / profile.slot_ms(size, rows, kind)[0]
 
 
-def slowed_down(profile: Profile, factor: float) -> Profile:
-    """The profile of the same device when everything takes so many times as long."""
+def slowdowns_by_rows(stack: TimesSlots, profile: Profile) -> dict[int, float]:
+    """The same of a small slot and of a full one."""
+    sizes = (FEW_ROWS, profile.knee(profile.slots[0].key))
+    return {rows: device_slowdown(stack, profile, rows=rows) for rows in sizes}
+
+
+def slowed_down(profile: Profile, slowdowns: Mapping[int, float]) -> Profile:
+    """The profile of the same device when slots of so many rows take so many times as long.
+
+    Slots of other sizes in between and beyond, decodes and prompts accordingly.
+    """
+    sizes = sorted(slowdowns)
+    factors = [slowdowns[rows] for rows in sizes]
 
     def scaled(durations: Mapping[int, float]) -> dict[int, float]:
-        return {rows: factor * ms for rows, ms in durations.items()}
+        return {rows: float(np.interp(rows, sizes, factors)) * ms for rows, ms in durations.items()}
 
     return replace(
         profile,
@@ -38,8 +55,8 @@ def slowed_down(profile: Profile, factor: float) -> Profile:
             for one in profile.slots
         ),
         decodes=tuple(
-            replace(one, chunk_ms=tuple(factor * ms for ms in one.chunk_ms))
+            replace(one, chunk_ms=tuple(factors[-1] * ms for ms in one.chunk_ms))
             for one in profile.decodes
         ),
-        encode_ms=factor * profile.encode_ms,
+        encode_ms=factors[0] * profile.encode_ms,
     )

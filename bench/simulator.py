@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.device_speed import device_slowdown, slowed_down
+from bench.device_speed import slowdowns_by_rows, slowed_down
 from bench.profiler import profile as measure_profile
 from bench.real_stack import RealStack, real_stack, throughput_per_s
 from bench.report import write_report
@@ -47,7 +47,7 @@ def run(
         known = parse_profile(path.read_text(), name=str(path))
         cells = []
         with real_stack(profile=path) as stack:
-            now = slowed_down(known, device_slowdown(stack, known))
+            now = slowed_down(known, slowdowns_by_rows(stack, known))
             capacity = min(_capacity(now, policy, mix, seed) for policy in POLICIES)
             for policy in POLICIES[:1] if quick else POLICIES:
                 stack.warm_up(policy)
@@ -86,13 +86,14 @@ def _compare(
     traces: Sequence[Sequence[Arrival]],
 ) -> dict[str, Any]:
     """The traces one after the other, each simulated at the device's speed around it."""
-    slowdowns = [device_slowdown(stack, profile)]
+    slowdowns = [slowdowns_by_rows(stack, profile)]
     served, simulated = [], []
     for trace in traces:
         stack.serve_by(policy)
         served.append(stack.play(trace))
-        slowdowns.append(device_slowdown(stack, profile))
-        at_speed = slowed_down(profile, mean(slowdowns[-2:]))
+        slowdowns.append(slowdowns_by_rows(stack, profile))
+        before, after = slowdowns[-2:]
+        at_speed = slowed_down(profile, {rows: mean((before[rows], after[rows])) for rows in after})
         simulated.append(_simulate(at_speed, policy, trace))
     everybody = [one for part in served for one in part]
     weights = [len(trace) for trace in traces]

@@ -64,6 +64,10 @@ CHUNK_LEASE_NS = 2_000_000_000
 NEXT_CHUNK_NS = 2_000_000
 """And for so long after it, so that it doesn't take its cores back for the moment between two."""
 
+COMMIT_NS = 8_000_000
+"""For so long after a picture's last chunk: the file is made and committed then. A forward that is
+spread over all cores would wait for whichever of them does it."""
+
 
 @dataclass(slots=True, kw_only=True)
 class PendingGrant:
@@ -333,11 +337,13 @@ class VaeWorkerService:
         """One chunk; the image after the last. Runs in the compute thread."""
         assert decode.chunks is not None
         start = time.perf_counter()
+        after_ns = NEXT_CHUNK_NS
         self._tell_unet(decode, CHUNK_LEASE_NS)
         try:
             next(decode.chunks)
             finish_work(self._decoder.device)
         except StopIteration as end:
+            after_ns = COMMIT_NS
             image: torch.Tensor = end.value
             return image.float().cpu()
         finally:
@@ -345,7 +351,7 @@ class VaeWorkerService:
             decode.done += 1
             decode.compute_s += duration_s
             decode.grants[0].compute_s += duration_s
-            self._tell_unet(decode, NEXT_CHUNK_NS)
+            self._tell_unet(decode, after_ns)
         return None
 
     def _tell_unet(self, decode: Decode, busy_ns: int) -> None:
