@@ -38,18 +38,22 @@ def measure(
 ) -> dict[int, float]:
     """Median milliseconds of a UNet forward by its rows, at `size` or the model's default.
 
-    row_counts: ascending. The first that takes no less time per row is the last to be measured:
-    what is larger would only take longer.
+    row_counts: ascending. The first that takes no less time per row, and does so again, is the last
+    to be measured: what is larger would only take longer. Once could be the machine's moment.
     """
     height, width = size or (model.facts.default_height, model.facts.default_width)
     medians_ms: dict[int, float] = {}
     least_row_ms = math.inf
     for num_rows in row_counts:
         _forward_zeros(model, num_rows, height, width)
-        durations_s = [_forward_s(model, num_rows, height, width) for _ in range(num_repeats)]
-        medians_ms[num_rows] = statistics.median(durations_s) * 1e3
-        row_ms = medians_ms[num_rows] / num_rows
-        if row_ms >= least_row_ms:
+        for _ in range(2):
+            durations_s = [_forward_s(model, num_rows, height, width) for _ in range(num_repeats)]
+            median_ms = statistics.median(durations_s) * 1e3
+            medians_ms[num_rows] = min(median_ms, medians_ms.get(num_rows, math.inf))
+            row_ms = medians_ms[num_rows] / num_rows
+            if row_ms < least_row_ms:
+                break
+        else:
             break
         least_row_ms = row_ms
     return medians_ms

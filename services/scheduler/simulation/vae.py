@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from services.scheduler.simulation.device import Device
-from services.scheduler.simulation.rates import chunk_rates
+from services.scheduler.simulation.rates import Rates, chunk_rates
 from services.scheduler.simulation.world import World
 from shared import messages
 
@@ -94,9 +94,7 @@ class SimulatedVae:
                 self._report(decode)
             if decode.done >= self.info.num_chunks:
                 del self._decodes[command.request_id]
-                self._world.clock.after(
-                    self._world.settings.commit_ms, lambda: self._committed(command)
-                )
+                self._commit(command)
         self.begin()
 
     def _report(self, decode: SimulatedDecode) -> None:
@@ -112,6 +110,18 @@ class SimulatedVae:
             )
         )
         decode.grant_ms = 0.0
+
+    def _commit(self, command: messages.DecodeLatents) -> None:
+        """Make the file and store it, while the next decode begins. It takes a core, not a GPU."""
+        world, commit_ms = self._world, self._world.settings.commit_ms
+        if world.profile.device != "cpu":
+            world.clock.after(commit_ms, lambda: self._committed(command))
+            return
+        self._device.begin(
+            f"{self.info.incarnation} commits {command.request_id}",
+            Rates(alone_ms=commit_ms, beside_ms=commit_ms),
+            lambda _: self._committed(command),
+        )
 
     def _committed(self, command: messages.DecodeLatents) -> None:
         self._world.log.finished(command.request_id, self._world.clock.now)

@@ -1,0 +1,48 @@
+"""Which slots a worker measures at its start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from services.unet_worker import measure
+from services.unet_worker.model import DiffusionModel, load_model
+
+COUNTS = (1, 2, 4, 8)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_folder: Path) -> DiffusionModel:
+    return load_model(tiny_model_folder, device="cpu", dtype="float32")
+
+
+def _measured(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch, durations_s: list[float]
+) -> dict[int, float]:
+    """Slots that take so long, one measurement after the other."""
+    left = iter(durations_s)
+    monkeypatch.setattr(measure, "_forward_zeros", lambda *_: None)
+    monkeypatch.setattr(measure, "_forward_s", lambda *_: next(left))
+    return measure.measure(model, COUNTS, num_repeats=1)
+
+
+def test_larger_slots_are_measured_as_long_as_rows_get_cheaper(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = _measured(model, monkeypatch, [10e-3, 12e-3, 20e-3, 36e-3])
+    assert found == pytest.approx({1: 10, 2: 12, 4: 20, 8: 36})
+
+
+def test_the_first_without_gain_is_the_last(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = _measured(model, monkeypatch, [10e-3, 12e-3, 25e-3, 24e-3])
+    assert found == pytest.approx({1: 10, 2: 12, 4: 24})
+
+
+def test_a_slow_moment_does_not_end_it(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = _measured(model, monkeypatch, [10e-3, 30e-3, 12e-3, 20e-3, 36e-3])
+    assert found == pytest.approx({1: 10, 2: 12, 4: 20, 8: 36})
