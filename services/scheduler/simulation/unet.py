@@ -138,7 +138,7 @@ class SimulatedUnet:
             vae_threads=device.vae_threads,
         )
         world.log.slot(num_rows)
-        rates = world.vary(rates).longer_by(world.settings.slot_overhead_ms)
+        rates = world.vary(rates).longer_by(world.slot_overhead_ms)
         device.begin(FORWARD, rates, lambda duration: self._end_slot(slot, rows, duration))
         self._on_slot()
 

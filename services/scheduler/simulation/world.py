@@ -20,8 +20,10 @@ class SimulationSettings:
 
     vaes_elsewhere: VAE workers that have a device of their own, as fast as the others' alone.
     message_ms: one way between scheduler and worker. slot_overhead_ms: of a slot, beside the
-    forward that profiles time: rows gathered, guidance, the update (0.6 to 1.4 ms by the real
-    worker on two cores, and its messages). commit_ms: from the last chunk to the final state.
+    forward that profiles time: rows gathered, guidance, the update (0.6 to 1.4 ms by the real worker
+    on two cores). services_ms: that all other processes take of the cores for each slot, where
+    forwards run on them and wait (4.6 ms for each slot and 13 for each picture, by the processor
+    time of all threads at two loads). commit_ms: from the last chunk to the final state.
     jitter: standard deviation of a duration's factor. max_s: simulated time to give up at.
     """
 
@@ -30,7 +32,8 @@ class SimulationSettings:
     vaes_elsewhere: int = 0
     message_ms: float = 1.0
     slot_overhead_ms: float = 1.5
-    commit_ms: float = 8.0
+    services_ms: float = 4.6
+    commit_ms: float = 13.0
     jitter: float = 0.03
     max_s: float = 36_000.0
     seed: int = 0
@@ -51,6 +54,12 @@ class World:
     def tell(self, event: Event) -> None:
         """Send the scheduler an event; it arrives a little later."""
         self.clock.after(self.settings.message_ms, lambda: self.feed(event))
+
+    @property
+    def slot_overhead_ms(self) -> float:
+        """Of one slot, on the profile's device."""
+        services_ms = self.settings.services_ms if self.profile.device == "cpu" else 0.0
+        return self.settings.slot_overhead_ms + services_ms
 
     def vary(self, rates: Rates) -> Rates:
         """The durations as they happen to be this time."""
