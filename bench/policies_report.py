@@ -101,7 +101,7 @@ def _contender(one: Contender, plan: Plan, samples: Samples) -> dict[str, Any]:
 
 
 def plot_loads(samples: Samples, path: Path) -> None:
-    """P95 latency over the load, of each contender whose capacity was looked for."""
+    """P95 latency over the load, of each contender that carried one, where it was tried."""
     import matplotlib as mpl  # noqa: PLC0415  plots are an extra
 
     mpl.use("Agg")
@@ -113,9 +113,11 @@ def plot_loads(samples: Samples, path: Path) -> None:
             points = sorted(
                 (one["load_per_s"], one["p95_s"]) for one in sample["tried"] if "p95_s" in one
             )
-            axes.plot(*zip(*points, strict=True), "o-", label=name.split("/", 2)[2])
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", label=name.split("/", 2)[2])
     axes.set_xlabel("requests a second")
     axes.set_ylabel("P95 latency, s")
+    axes.set_ylim(bottom=0)
     if axes.lines:
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
