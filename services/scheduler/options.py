@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from math import inf
 from statistics import fmean
 
 from services.scheduler.drift import ALONE, BESIDE, CHUNKS, Drift
@@ -203,17 +202,18 @@ def in_flight(
 
 
 def chunk_price(stages: Iterable[Sequence[Option]], num_delayed: float) -> float:
-    """What a chunk costs at least, in ms times requests that wait for the UNet, wherever it goes.
+    """What a chunk costs at most, in ms times requests that wait for the UNet, wherever it goes.
 
-    It is asked for those that a plan leaves undone, too: leaving them to others saves nothing.
+    It is asked for those that a plan leaves undone, too. Were they charged the least, a plan would
+    leave all that do not fit into the cheapest places, time after time, and decodes pile up.
     """
-    least = inf
+    most = 0.0
     for stage in stages:
         alone_ms = {option.skips: option.ms for option in stage if not option.chunks}
         for option in stage:
             if option.chunks and option.skips in alone_ms:
-                least = min(least, (option.ms - alone_ms[option.skips]) / option.chunks)
-    return max(least, 0.0) * num_delayed if least < inf else 0.0
+                most = max(most, (option.ms - alone_ms[option.skips]) / option.chunks)
+    return most * num_delayed
 
 
 def _skips_on_offer(

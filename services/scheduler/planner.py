@@ -7,7 +7,7 @@ Chunks are served in the order of the decodes, so a plan is a sequence of option
 
     minimise   sum over stages of  ms * (decodes unfinished at its start) + price,
                + for what is unfinished at the end, the time its last chunk still takes at best,
-                 and the least price of its chunks
+                 and a price for each of its chunks
     subject to sum over stages of ms <= budget_ms, and no more chunks than there are.
 
 That is a resource-constrained shortest path. Each stage's time above its shortest option, its

@@ -20,10 +20,10 @@ class SimulationSettings:
 
     vaes_elsewhere: VAE workers that have a device of their own, as fast as the others' alone.
     message_ms: one way between scheduler and worker. slot_overhead_ms: of a slot, beside the
-    forward that profiles time: rows gathered, guidance, the update (0.6 to 1.4 ms by the real worker
-    on two cores). services_ms: that all other processes take of the cores for each slot, where
-    forwards run on them and wait (4.6 ms for each slot and 13 for each picture, by the processor
-    time of all threads at two loads). commit_ms: from the last chunk to the final state.
+    forward that profiles time: rows gathered, guidance, the update (0.6 to 1.4 ms by the real
+    worker on two cores). services_ms: that all other processes take of the cores for each slot,
+    where forwards run on them and wait (4.6 ms for each slot and 13 for each picture, by the
+    processor time of all threads at two loads). commit_ms: from the last chunk to the final state.
     jitter: standard deviation of a duration's factor. max_s: simulated time to give up at.
     """
 
