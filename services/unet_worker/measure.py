@@ -46,17 +46,21 @@ def measure(
     least_row_ms = math.inf
     for num_rows in row_counts:
         _forward_zeros(model, num_rows, height, width)
-        for _ in range(2):
-            durations_s = [_forward_s(model, num_rows, height, width) for _ in range(num_repeats)]
-            median_ms = statistics.median(durations_s) * 1e3
-            medians_ms[num_rows] = min(median_ms, medians_ms.get(num_rows, math.inf))
-            row_ms = medians_ms[num_rows] / num_rows
-            if row_ms < least_row_ms:
-                break
-        else:
+        median_ms = _median_ms(model, num_rows, height, width, num_repeats)
+        if median_ms / num_rows >= least_row_ms:
+            median_ms = min(median_ms, _median_ms(model, num_rows, height, width, num_repeats))
+        medians_ms[num_rows] = median_ms
+        if median_ms / num_rows >= least_row_ms:
             break
-        least_row_ms = row_ms
+        least_row_ms = median_ms / num_rows
     return medians_ms
+
+
+def _median_ms(
+    model: DiffusionModel, num_rows: int, height: int, width: int, num_repeats: int
+) -> float:
+    durations_s = [_forward_s(model, num_rows, height, width) for _ in range(num_repeats)]
+    return statistics.median(durations_s) * 1e3
 
 
 def measure_for(
@@ -75,17 +79,23 @@ def _forward_s(model: DiffusionModel, num_rows: int, height: int, width: int) ->
 
 @torch.inference_mode()
 def _forward_zeros(model: DiffusionModel, num_rows: int, height: int, width: int) -> None:
+    predict_noise(model, *zero_inputs(model, num_rows, height, width))
+    finish_work(model.device)
+
+
+def zero_inputs(
+    model: DiffusionModel, num_rows: int, height: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `predict_noise` takes, of so many rows of pictures of that size in pixels."""
     facts = model.facts
     factor = facts.vae_scale_factor
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros((num_rows, *shape), dtype=dtype, device=model.device)
 
-    predict_noise(
-        model,
+    return (
         zeros(facts.latent_channels, height // factor, width // factor),
         zeros(),
         zeros(facts.max_tokens, facts.text_width, dtype=model.dtype),
         zeros(facts.timestep_cond_channels, dtype=model.dtype),
     )
-    finish_work(model.device)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from services.unet_worker.giving_way import watch
 from services.unet_worker.group_norms import lay_out_group_norms
+from services.unet_worker.measure import zero_inputs
 from services.unet_worker.model import DiffusionModel
+from services.unet_worker.slot import unet_inputs
+
+_ROWS = 2  # of what is recorded: one would be broadcast
 
 
 def prepare_unet(model: DiffusionModel, sizes: Sequence[tuple[int, int]] = ()) -> bool:
@@ -27,17 +29,8 @@ def prepare_unet(model: DiffusionModel, sizes: Sequence[tuple[int, int]] = ()) -
         return False
     lay_out_group_norms(model.unet)
     watch(model.unet)
-    are_recorded = [_record(model, height, width) for height, width in sizes]
+    are_recorded = [
+        model.forward.record(*unet_inputs(model, *zero_inputs(model, _ROWS, *size)))
+        for size in sizes
+    ]
     return all(are_recorded)
-
-
-def _record(model: DiffusionModel, height: int, width: int) -> bool:
-    facts, factor, rows = model.facts, model.facts.vae_scale_factor, 2
-    sample = torch.zeros(rows, facts.latent_channels, height // factor, width // factor)
-    cond = torch.zeros(rows, facts.timestep_cond_channels, dtype=model.dtype)
-    return model.forward.record(
-        sample.to(model.dtype, memory_format=torch.channels_last),
-        torch.zeros(rows),
-        torch.zeros(rows, facts.max_tokens, facts.text_width, dtype=model.dtype),
-        *([cond] if facts.timestep_cond_channels else []),
-    )

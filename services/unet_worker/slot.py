@@ -214,10 +214,18 @@ def predict_noise(
     Returns:
         (rows, C, h, w), float32.
     """
-    prediction = model.forward(
-        sample.to(model.dtype, memory_format=torch.channels_last),
-        timestep,
-        prompt_embeds,
-        *([timestep_cond] if timestep_cond.shape[1] else []),
-    )
+    prediction = model.forward(*unet_inputs(model, sample, timestep, prompt_embeds, timestep_cond))
     return prediction.float().contiguous()
+
+
+def unet_inputs(
+    model: DiffusionModel,
+    sample: torch.Tensor,
+    timestep: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    timestep_cond: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """The arguments of `predict_noise` as `DiffusionModel.forward` takes them."""
+    sample = sample.to(model.dtype, memory_format=torch.channels_last)
+    conditions = (timestep_cond,) if timestep_cond.shape[1] else ()
+    return (sample, timestep, prompt_embeds, *conditions)
