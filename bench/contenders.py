@@ -11,8 +11,8 @@ from services.scheduler.policies import BASELINES, PARTS
 class Contender:
     """One way to serve.
 
-    policy: as in the settings. has_default_threads: its workers run with OpenMP's own settings, as
-    most people's do.
+    policy: as in the settings. has_default_threads: its workers run with OpenMP's own settings, and
+    all threads share each operation, as most people's do.
     """
 
     name: str

@@ -12,7 +12,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -27,6 +27,10 @@ from bench.simulated_stack import SimulatedStack
 from cli.stack import COMPILED_KERNELS, WORKER_ENVIRONMENT
 from services.scheduler.profile import Profile
 from services.scheduler.profile_file import parse_profile
+
+
+AS_MOST_PEOPLE_DO: Final = COMPILED_KERNELS | {"SYNERDIFF_SPLIT_ROWS": "false"}
+"""The workers' environment with default threads: all of them share each operation."""
 
 
 def run(  # noqa: PLR0917 - options of a command
@@ -102,7 +106,7 @@ def _real_stacks(profile: Path) -> Iterator[StackOf]:
         def stack_of(cell: Cell) -> Stack:
             is_default = BY_NAME[cell.contender].has_default_threads
             if is_default not in running:
-                environment = COMPILED_KERNELS if is_default else WORKER_ENVIRONMENT
+                environment = AS_MOST_PEOPLE_DO if is_default else WORKER_ENVIRONMENT
                 stack = all_of_them.enter_context(
                     real_stack(profile=profile, worker_environment=environment)
                 )

@@ -140,7 +140,10 @@ class WorkerSettings(ServiceSettings):
 
 
 class UnetWorkerSettings(WorkerSettings):
-    """max_requests: resident at once. pool_slots: finished latents waiting to be decoded."""
+    """max_requests: resident at once. pool_slots: finished latents waiting to be decoded.
+
+    split_rows: whether a CPU's cores share a forward's rows, which is faster, or each operation.
+    """
 
     max_side: int = Field(1_024, ge=8)
     max_requests: int = Field(64, ge=1)
@@ -148,6 +151,7 @@ class UnetWorkerSettings(WorkerSettings):
     pool_slot_kb: int = Field(256, ge=1)
     inline_copy_kb: int = Field(4_096, ge=0)
     latents_ttl_s: int = Field(600, ge=1)
+    split_rows: bool = True
 
 
 class VaeWorkerSettings(WorkerSettings):

@@ -85,21 +85,24 @@ class Streams:
 
     async def send(self, stream: str, *messages: Message) -> None:
         """Append messages in order; the stream is created if need be."""
-        if not messages:
-            return
-        async with self._redis.pipeline(transaction=True) as pipeline:
-            for message in messages:
-                pipeline.xadd(stream, {"m": codec.encode(message)})
-            await pipeline.execute()
+        if len(messages) == 1:  # most of the time, and then one command is enough
+            await self._redis.xadd(stream, {"m": codec.encode(messages[0])})
+        elif messages:
+            async with self._redis.pipeline(transaction=True) as pipeline:
+                for message in messages:
+                    pipeline.xadd(stream, {"m": codec.encode(message)})
+                await pipeline.execute()
 
     async def send_to_workers(self, items: Sequence[tuple[str, Message]]) -> None:
         """Append (stream, message) pairs in order; a stream that is gone swallows its message."""
-        if not items:
-            return
-        async with self._redis.pipeline(transaction=True) as pipeline:
-            for stream, message in items:
-                pipeline.xadd(stream, {"m": codec.encode(message)}, nomkstream=True)
-            await pipeline.execute()
+        if len(items) == 1:
+            [(stream, message)] = items
+            await self._redis.xadd(stream, {"m": codec.encode(message)}, nomkstream=True)
+        elif items:
+            async with self._redis.pipeline(transaction=True) as pipeline:
+                for stream, message in items:
+                    pipeline.xadd(stream, {"m": codec.encode(message)}, nomkstream=True)
+                await pipeline.execute()
 
     async def notify(self, message: Message) -> None:
         """Put a message on the gateways' notice board."""

@@ -36,6 +36,10 @@ from shared.streams import MAX_BLOCK_MS, Streams, script
 
 T = TypeVar("T")
 
+DELETE_EVERY_S = 1.0
+"""Entries that were read lie in their streams for so long: deleting each at once is a command more
+for every slot."""
+
 LET_GO_TIMEOUT_S = 5.0
 """How long a draining worker without work waits for the scheduler's word; there may be none."""
 
@@ -256,18 +260,23 @@ class WorkerLink:
             keys.control(self.incarnation): self.control,
         }
         positions = dict.fromkeys(lanes, "0")
+        taken: dict[str, list[str]] = {stream: [] for stream in lanes}
+        next_deletion = time.monotonic() + DELETE_EVERY_S
         while not self.is_stopping:
             entries = await self._streams.read(positions, count=64, block_ms=MAX_BLOCK_MS)
             for entry in entries:
                 lanes[entry.stream].append(entry.message)
                 positions[entry.stream] = entry.entry_id
+                taken[entry.stream].append(entry.entry_id)
                 self._note(entry.message)
             if entries:
                 self._has_news.set()
-            for stream in lanes:
+            if time.monotonic() >= next_deletion:
                 # Nobody else reads these streams, so an entry has done its work once it is here.
-                ids = [entry.entry_id for entry in entries if entry.stream == stream]
-                await self._streams.delete(stream, ids)
+                for stream, ids in taken.items():
+                    await self._streams.delete(stream, ids)
+                    ids.clear()
+                next_deletion = time.monotonic() + DELETE_EVERY_S
         self._outbox.put_nowait(None)
 
     def _note(self, message: Message) -> None:

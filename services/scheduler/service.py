@@ -37,6 +37,7 @@ from shared.messages import (
     ImageDecoded,
     LatentsFinished,
     Message,
+    RequestProgress,
     RequestsProgressed,
     WorkerInfo,
     WorkerLost,
@@ -49,6 +50,7 @@ from shared.streams import Streams
 
 LEASE_MS = 2_000
 HOUSEKEEPING_S = 0.5
+PROGRESS_S = 0.1
 STATUS_TTL_S = 5
 
 UNET_STAGES = ("waiting", "encoding", "denoising")
@@ -82,6 +84,8 @@ class SchedulerService:
         self._run_id = ""
         self._core: Core
         self._positions = {keys.SCHEDULER: "0", keys.REQUESTS: "0"}
+        self._progress: dict[str, RequestProgress] = {}
+        self._next_progress = 0.0
         self._is_stopping = asyncio.Event()
 
     def stop(self) -> None:
@@ -99,14 +103,17 @@ class SchedulerService:
         self._run_id = await self._read_run_id()
         await self._begin_epoch()
         next_housekeeping = 0.0
+        handled: list[str] = []
         while not self._is_stopping.is_set():
             entries = await self._streams.read(self._positions, count=256, block_ms=100)
             for entry in entries:
                 self._positions[entry.stream] = entry.entry_id
             await self._handle([entry.message for entry in entries])
-            handled = [entry.entry_id for entry in entries if entry.stream == keys.SCHEDULER]
-            await self._streams.delete(keys.SCHEDULER, handled)
+            handled += [entry.entry_id for entry in entries if entry.stream == keys.SCHEDULER]
+            await self._report_progress()
             if time.monotonic() >= next_housekeeping:
+                await self._streams.delete(keys.SCHEDULER, handled)
+                handled = []
                 await self._housekeep()
                 next_housekeeping = time.monotonic() + HOUSEKEEPING_S
         await self._redis.delete(keys.SCHEDULER_LEASE)
@@ -217,16 +224,17 @@ class SchedulerService:
                 case RestartRequest(request_id=request_id, reason=reason):
                     metrics.REDELIVERIES.labels(reason=reason).inc()
                     log.warning("request starts again", request_id=request_id, reason=reason)
+                case ReportProgress(items=items):
+                    self._progress.update({item.request_id: item for item in items})
         await self._streams.send_to_workers(sends)
-        progress = [
-            item
-            for command in commands
-            if isinstance(command, ReportProgress)
-            for item in command.items
-        ]
-        if progress:
-            await self._streams.notify(RequestsProgressed(items=tuple(progress)))
         await self._note(commands)
+
+    async def _report_progress(self) -> None:
+        """To all gateways, a few times a second: each slot would be more than anybody can watch."""
+        if self._progress and time.monotonic() >= self._next_progress:
+            items, self._progress = tuple(self._progress.values()), {}
+            self._next_progress = time.monotonic() + PROGRESS_S
+            await self._streams.notify(RequestsProgressed(items=items))
 
     async def _note(self, commands: Sequence[Command]) -> None:
         """What lasts: final states, lost workers, profiles."""

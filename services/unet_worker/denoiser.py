@@ -136,6 +136,11 @@ class Denoiser:
             for resident in self._store.residents
         )
 
+    @property
+    def draws_noise(self) -> bool:
+        """Whether a request that is held will need noise."""
+        return any(resident.noise.is_wanted for resident in self._store.residents)
+
     def draw_ahead(self, num_tensors: int = 2) -> None:
         """Draw the noise of coming steps; safe beside the compute thread."""
         for resident in self._store.residents:
@@ -156,7 +161,8 @@ class Denoiser:
         if not chosen:
             return SlotResult(rows=tuple(self._report(row, None) for row in rows))
         slot = Slot(list(chosen.values()))
-        outcomes = slot.denoise(self._model)
+        with self._model.forward.holding_threads():
+            outcomes = slot.denoise(self._model)
         finished: list[FinishedLatents] = []
         failures: list[RowFailure] = []
         for outcome in outcomes:

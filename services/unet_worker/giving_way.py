@@ -9,7 +9,10 @@ on: Python hooks would be lost where the UNet is run as a recorded graph (`unet_
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -17,8 +20,18 @@ import torch
 T = TypeVar("T")
 
 LAYERS = (torch.nn.Conv2d, torch.nn.LayerNorm)
-"""Ahead of each the threads are set; no two are far from each other. By whole blocks it would be
-done too late: until the next one both sides together have more threads than there are cores."""
+"""Ahead of each a forward looks; no two are far from each other. By whole blocks it would be done
+too late: until the next one both sides together have more threads than there are cores."""
+
+TURN = 8
+"""So many looks a part goes on before it lets another one do as many."""
+
+_LOOK_AGAIN_S = 0.001
+"""While a part waits: nobody tells it that the chunks are over."""
+
+_DONE = sys.maxsize
+
+_here = threading.local()
 
 
 class GivingWay:
@@ -53,6 +66,11 @@ class GivingWay:
             GivingWay.running = None
             self._set(threads)
 
+    def turns(self, num_parts: int, threads: int) -> Turns:
+        """Of a forward's parts, each on so many threads."""
+        num_beside = max(self._threads_beside // threads, 1)
+        return Turns(num_parts, num_beside, self._has_chunks_beside)
+
     def look(self) -> None:
         """Set the threads by whether chunks run now."""
         self._set(self._threads_beside if self._has_chunks_beside() else self._threads)
@@ -61,6 +79,53 @@ class GivingWay:
         if threads != self._now:
             torch.set_num_threads(threads)
             self._now = threads
+
+
+class Turns:
+    """Parts of one forward that run side by side, and while chunks run only some at a time.
+
+    Those take turns, so that all stay at about the same layer. If always the same one waited, it
+    would be alone in the end, and leave the others' cores idle.
+
+    Args:
+        num_parts: Each on a thread of its own.
+        num_beside: Parts that go on while chunks run.
+        has_chunks_beside: As in `GivingWay`.
+    """
+
+    def __init__(
+        self, num_parts: int, num_beside: int, has_chunks_beside: Callable[[], bool]
+    ) -> None:
+        self._num_beside = num_beside
+        self._has_chunks_beside = has_chunks_beside
+        self._looks = [0] * num_parts
+        self._news = threading.Condition()
+
+    @contextlib.contextmanager
+    def taken_by(self, part: int) -> Iterator[None]:
+        """Meanwhile this thread runs that part, from its beginning to its end."""
+        _here.look = lambda: self._look(part)
+        try:
+            yield
+        finally:
+            del _here.look
+            with self._news:
+                self._looks[part] = _DONE
+                self._news.notify_all()
+
+    def _look(self, part: int) -> None:
+        """Wait while chunks run and as many parts as may go on are behind this one."""
+        self._looks[part] += 1
+        if self._looks[part] % TURN or not self._has_chunks_beside():
+            return
+        with self._news:
+            self._news.notify_all()
+            while self._num_before(part) >= self._num_beside and self._has_chunks_beside():
+                self._news.wait(_LOOK_AGAIN_S)
+
+    def _num_before(self, part: int) -> int:
+        own = (self._looks[part] // TURN, part)
+        return sum((looks // TURN, i) < own for i, looks in enumerate(self._looks))
 
 
 def watch(unet: torch.nn.Module) -> None:
@@ -76,7 +141,8 @@ def _look_ahead(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any,
 
 def _give_way(x: torch.Tensor) -> torch.Tensor:
     if GivingWay.running:
-        GivingWay.running.look()
+        look = getattr(_here, "look", GivingWay.running.look)
+        look()
     return x
 
 

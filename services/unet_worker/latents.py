@@ -91,6 +91,11 @@ class NoiseSource:
         self.num_taken = 0
         self.initial = self._draw()
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether tensors are left to draw."""
+        return self._num_undrawn > 0
+
     def peek(self) -> torch.Tensor:
         """The next tensor of noise, drawn now unless it was drawn ahead; `drop` goes on."""
         with self._lock:

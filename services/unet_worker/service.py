@@ -117,6 +117,7 @@ class UnetWorkerService:
         self._denoiser = Denoiser(
             model, max_requests=settings.max_requests, max_side=settings.max_side
         )
+        model.forward.splits_rows = settings.split_rows
         is_recorded = prepare_unet(model, settings.sizes_to_warm_up)
         log.info("loaded", device=str(model.device), is_recorded=is_recorded)
         step_ms = self._denoiser.measure(PROFILE_ROWS)
@@ -320,10 +321,10 @@ class UnetWorkerService:
             threads=slot.threads,
             threads_beside=slot.threads_beside if slot.threads else 0,
         )
-        result, _ = await asyncio.gather(
-            self._compute.run(run, threads=slot.threads),
-            asyncio.to_thread(self._denoiser.draw_ahead),
-        )
+        running = asyncio.ensure_future(self._compute.run(run, threads=slot.threads))
+        if self._denoiser.draws_noise:
+            await asyncio.to_thread(self._denoiser.draw_ahead)
+        result = await running
         duration = time.perf_counter() - start
         if self._pool:
             # This slot is over: what is bound to the gap behind it may begin.

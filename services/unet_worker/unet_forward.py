@@ -1,17 +1,28 @@
 """The UNet's forward, on a CPU as a recorded graph.
 
 For a few rows diffusers' Python takes as long as the kernels that it calls, and it needs the
-interpreter's lock for each of them. A graph recorded once calls the same kernels without either.
+interpreter's lock for each of them. A graph recorded once calls the same kernels without either,
+so that two of its calls can also run side by side. Then rows are split over the cores instead of
+each operation: threads that share an operation wait for the slowest of them some three hundred
+times a forward, and whoever takes a core for a moment, or is slow to wake up, stops them all.
+
 `torch.jit` is on its way out, but what PyTorch names in its place, `torch.compile`, needs a C++
 compiler wherever this runs, and `torch.export` gives Python again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
+
+from services.unet_worker.giving_way import GivingWay, Turns
+
+_Inputs = tuple[torch.Tensor, ...]
 
 
 class UnetForward:
@@ -19,20 +30,69 @@ class UnetForward:
 
     Args:
         unet: A diffusers `UNet2DConditionModel`.
+
+    Attributes:
+        splits_rows: Whether recorded forwards run in parts, as many as there are threads or rows;
+            else each of their operations runs on all threads.
     """
 
     def __init__(self, unet: Any) -> None:
+        self.splits_rows = True
         self._call = _PositionalCall(unet)
         self._graphs: dict[torch.Size, Any] = {}
+        self._threads = 0
+        self._helpers: ThreadPoolExecutor | None = None
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The UNet's output.
+        """The UNet's output, computed on the caller's threads or those that it holds for this.
 
         inputs: sample (rows, C, h, w), timestep (rows,), prompt embeddings (rows, tokens, width),
         and timestep_cond (rows, channels) of a UNet that takes one.
         """
-        forward = self._graphs.get(inputs[0].shape[1:], self._call)
-        return forward(*inputs)  # type: ignore[no-any-return]
+        graph = self._graphs.get(inputs[0].shape[1:])
+        callers = torch.get_num_threads()
+        threads = self._threads or callers
+        num_parts = min(threads, len(inputs[0])) if graph and self.splits_rows else 1
+        try:
+            if num_parts > 1:
+                return self._in_parts(graph, inputs, num_parts, threads // num_parts)
+            _set_threads(threads)
+            return (graph or self._call)(*inputs)  # type: ignore[no-any-return]
+        finally:
+            _set_threads(callers)
+
+    @contextlib.contextmanager
+    def holding_threads(self) -> Iterator[None]:
+        """Meanwhile only forwards run on the caller's threads, everything else of it on one.
+
+        What is small gains nothing by many, and they would go on waiting for more of it.
+        """
+        self._threads = torch.get_num_threads()
+        _set_threads(1)
+        try:
+            yield
+        finally:
+            _set_threads(self._threads)
+            self._threads = 0
+
+    def _in_parts(
+        self, graph: Any, inputs: _Inputs, num_parts: int, threads: int
+    ) -> torch.Tensor:
+        """All parts at once, the first in this thread; each on so many threads."""
+        if self._helpers is None:
+            self._helpers = ThreadPoolExecutor(thread_name_prefix="part")
+        parts = list(zip(*(one.tensor_split(num_parts) for one in inputs), strict=True))
+        giving_way = GivingWay.running
+        turns = giving_way.turns(num_parts, threads) if giving_way else None
+        others = [
+            self._helpers.submit(_run_part, graph, part, threads, turns, i)
+            for i, part in enumerate(parts[1:], start=1)
+        ]
+        try:
+            first = _run_part(graph, parts[0], threads, turns, 0)
+        finally:
+            wait(others)
+        return torch.cat([first, *(one.result() for one in others)])
 
     @torch.inference_mode()
     def record(self, *inputs: torch.Tensor) -> bool:
@@ -53,6 +113,21 @@ class UnetForward:
         if is_same:
             self._graphs[inputs[0].shape[1:]] = graph
         return is_same
+
+
+def _set_threads(threads: int) -> None:
+    """Of the calling thread."""
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+def _run_part(
+    graph: Any, inputs: _Inputs, threads: int, turns: Turns | None, number: int
+) -> torch.Tensor:
+    _set_threads(threads)
+    with turns.taken_by(number) if turns else contextlib.nullcontext():
+        return graph(*inputs)  # type: ignore[no-any-return]
 
 
 class _PositionalCall(torch.nn.Module):

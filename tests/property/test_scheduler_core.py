@@ -173,11 +173,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         for unet in core.unets.values():
             assert len(unet.slots) <= MAX_SLOTS_IN_FLIGHT
             for slot in unet.slots:
-                requests = [core.requests.get(row.request_id) for row in slot.rows]
-                known = [request for request in requests if request]
-                assert len({request.batch_key for request in known}) <= 1
+                known = [
+                    (request, row)
+                    for row in slot.rows
+                    if (request := core.requests.get(row.request_id))
+                ]
+                assert len({request.batch_key for request, _ in known}) <= 1
                 knee = unet.profile.knee(slot.key.size)
-                assert sum(request.rows for request in known) <= max(2, knee)
+                assert sum(request.rows - row.skip for request, row in known) <= max(2, knee)
                 assert len({row.request_id for row in slot.rows}) == len(slot.rows)
 
     @invariant()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ def _predict(model: DiffusionModel, rows: int, height: int, width: int) -> torch
             embeds.to(model.dtype),
             torch.zeros(rows, facts.timestep_cond_channels, dtype=model.dtype),
         )
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])

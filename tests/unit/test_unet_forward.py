@@ -1,0 +1,147 @@
+"""Forwards in parts: the same noise from the same rows, on as many threads as there are."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from services.unet_worker.giving_way import GivingWay
+from services.unet_worker.measure import zero_inputs
+from services.unet_worker.model import DiffusionModel, load_model
+from services.unet_worker.prepare import prepare_unet
+from services.unet_worker.slot import unet_inputs
+
+SIZE = (64, 64)
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def model(tiny_model_folder: Path) -> DiffusionModel:
+    model = load_model(tiny_model_folder, device="cpu", dtype="float32")
+    assert prepare_unet(model)
+    return model
+
+
+def _inputs(model: DiffusionModel, rows: int) -> list[torch.Tensor]:
+    inputs = unet_inputs(model, *zero_inputs(model, rows, *SIZE))
+    return [torch.randn_like(one) for one in inputs]
+
+
+class Parts:
+    """In place of a recorded graph: notes each call's rows and threads."""
+
+    def __init__(self, graph: Any) -> None:
+        self.graph = graph
+        self.calls: list[tuple[int, int, int]] = []
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        call = (len(inputs[0]), torch.get_num_threads(), threading.get_ident())
+        self.calls.append(call)
+        return self.graph(*inputs)
+
+
+@pytest.fixture
+def parts(model: DiffusionModel) -> Parts:
+    graphs = model.forward._graphs
+    [(size, graph)] = graphs.items()
+    parts = graphs[size] = Parts(graph)
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("rows", "threads", "expected"),
+    [(1, 2, [(1, 2)]), (2, 2, [(1, 1), (1, 1)]), (7, 2, [(4, 1), (3, 1)]), (7, 1, [(7, 1)])],
+)
+def test_rows_are_split_over_the_threads(
+    model: DiffusionModel, parts: Parts, rows: int, threads: int, expected: list[tuple[int, int]]
+) -> None:
+    inputs = _inputs(model, rows)
+    torch.set_num_threads(threads)
+    with torch.inference_mode():
+        noise = model.forward(*inputs)
+        found = sorted(((rows, threads) for rows, threads, _ in parts.calls), reverse=True)
+        assert found == expected
+        assert len({thread for _, _, thread in parts.calls}) == len(expected)
+        assert_close(noise, parts.graph(*inputs))
+    assert torch.get_num_threads() == threads
+
+
+def test_more_threads_than_rows_are_shared_by_them(model: DiffusionModel, parts: Parts) -> None:
+    torch.set_num_threads(7)
+    with torch.inference_mode():
+        model.forward(*_inputs(model, 3))
+    assert [threads for _, threads, _ in parts.calls] == [2, 2, 2]
+
+
+def test_without_splitting_each_operation_has_all_threads(
+    model: DiffusionModel, parts: Parts
+) -> None:
+    model.forward.splits_rows = False
+    with torch.inference_mode():
+        model.forward(*_inputs(model, 4))
+    assert [call[:2] for call in parts.calls] == [(4, 2)]
+
+
+def test_a_size_without_a_graph_is_not_split(model: DiffusionModel, parts: Parts) -> None:
+    inputs = unet_inputs(model, *zero_inputs(model, 2, 64, 96))
+    with torch.inference_mode():
+        assert model.forward(*inputs).shape == inputs[0].shape
+    assert not parts.calls
+
+
+def test_threads_held_are_for_forwards_alone(model: DiffusionModel, parts: Parts) -> None:
+    with torch.inference_mode(), model.forward.holding_threads():
+        assert torch.get_num_threads() == 1
+        model.forward(*_inputs(model, 1))
+        assert torch.get_num_threads() == 1
+    assert [call[:2] for call in parts.calls] == [(1, 2)]
+    assert torch.get_num_threads() == 2
+
+
+def test_a_failing_part_fails_the_forward_once_all_are_over(
+    model: DiffusionModel, parts: Parts
+) -> None:
+    main, over = threading.get_ident(), threading.Event()
+
+    def fail(*inputs: torch.Tensor) -> torch.Tensor:
+        if threading.get_ident() == main:
+            raise RuntimeError("no memory")
+        threading.Event().wait(0.05)
+        over.set()
+        return inputs[0]
+
+    parts.graph = fail
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="no memory"):
+        model.forward(*_inputs(model, 2))
+    assert over.is_set()
+    assert torch.get_num_threads() == 2
+
+
+def test_parts_give_way_together(model: DiffusionModel) -> None:
+    inputs, asked_by = _inputs(model, 4), set()
+
+    def has_chunks_beside() -> bool:
+        asked_by.add(threading.get_ident())
+        return True
+
+    with torch.inference_mode():
+        expected = model.forward(*inputs)
+        noise = GivingWay(has_chunks_beside).run(
+            lambda: model.forward(*inputs), threads=2, threads_beside=1
+        )
+    assert torch.equal(noise, expected)
+    assert len(asked_by) == 2
+    assert torch.get_num_threads() == 2
