@@ -227,6 +227,7 @@ class Core:
 
     def _close_slots(self, unet: UnetWorker, seq: int) -> None:
         """The slot `seq` is over, and so is any before it."""
+        unet.rests_since = self._now
         while unet.slots and unet.slots[0].seq <= seq:
             for row in unet.slots.popleft().rows:
                 request = self._held(row.request_id, row.attempt, unet.info.incarnation)
@@ -252,7 +253,7 @@ class Core:
     def _on_chunks(self, event: messages.ChunksDecoded) -> None:
         request = self._current(event.request_id, event.attempt, Stage.DECODING)
         if request and request.vae == event.incarnation:
-            note_chunks(request, event, self._fleet.unets_beside(event.incarnation))
+            note_chunks(request, event, self._fleet.unets_beside(event.incarnation), self._now)
             request.done_chunks = max(request.done_chunks, event.chunks_done)
 
     @_handle.register

@@ -28,10 +28,8 @@ def note_slot(unet: UnetWorker, event: SlotDenoised, requests: Mapping[str, Requ
     if not rows:
         return
     _charge_slot(unet, event)
-    if slot.chunks and not slot.kind.chunks:
-        return  # chunks came while it ran: it was of neither kind
     size, durations = slot.key.size, unet.durations
-    if slot.kind.chunks:
+    if slot.chunks and durations.chunk_counts(size):
         kind, (_, predicted_ms) = BESIDE, durations.beside(size, rows, slot.chunks, 1.0)
     else:
         kind, (_, predicted_ms) = ALONE, durations.alone(size, rows)
@@ -49,8 +47,13 @@ def _charge_slot(unet: UnetWorker, event: SlotDenoised) -> None:
             spent.ms = event.duration_ms
 
 
-def note_chunks(request: Request, event: ChunksDecoded, unets: Iterable[UnetWorker]) -> None:
-    """Chunks' duration corrects theirs; what they took too long is owed by the next slots."""
+def note_chunks(
+    request: Request, event: ChunksDecoded, unets: Iterable[UnetWorker], now: float
+) -> None:
+    """A gap's duration corrects chunks'; what it took too long is owed by the next slots.
+
+    It counts from the end of the slot ahead of it, so that what passes between the two is in it.
+    """
     count = event.chunks_done - request.done_chunks
     if count <= 0 or event.duration_ms <= 0:
         return
@@ -59,8 +62,8 @@ def note_chunks(request: Request, event: ChunksDecoded, unets: Iterable[UnetWork
         if timing is None or not request.has_gap:
             continue
         predicted_ms = count * fmean(timing.chunk_ms) * unet.drift.factor(CHUNKS)
-        unet.drift = unet.drift.after(
-            CHUNKS, predicted_ms=predicted_ms, measured_ms=event.duration_ms
-        )
-        if event.duration_ms > CERTAIN_OVERRUN * predicted_ms and unet.ledger:
-            unet.ledger[-1].ms += event.duration_ms - predicted_ms
+        measured_ms = max((now - unet.rests_since) * 1000, event.duration_ms)
+        unet.rests_since = now
+        unet.drift = unet.drift.after(CHUNKS, predicted_ms=predicted_ms, measured_ms=measured_ms)
+        if measured_ms > CERTAIN_OVERRUN * predicted_ms and unet.ledger:
+            unet.ledger[-1].ms += measured_ms - predicted_ms

@@ -194,11 +194,11 @@ class Dispatch:
     ) -> None:
         while True:
             plan = self._policy.plan(self._view(unet, residents, pending, num_waiting, now))
-            self._carry_out(unet, plan)
+            self._carry_out(unet, plan, now)
             if not plan.rows:
                 return
 
-    def _carry_out(self, unet: UnetWorker, plan: Plan) -> None:
+    def _carry_out(self, unet: UnetWorker, plan: Plan, now: float) -> None:
         if plan.outlook:
             unet.outlook = plan.outlook
         next_seq = self._next_seq + 1
@@ -206,6 +206,8 @@ class Dispatch:
             ms, alone_ms = plan.spends
             unet.ledger.append(Spent(seq=next_seq if plan.rows else 0, ms=ms, alone_ms=alone_ms))
         last_seq = unet.slots[-1].seq if unet.slots else 0
+        if not unet.slots and not self._has_gap(unet):
+            unet.rests_since = now
         for grant in plan.grants:
             # A gap begins behind the slots in flight; what a slot's header says first after
             # its end is the next number.

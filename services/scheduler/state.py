@@ -217,8 +217,9 @@ class UnetWorker:
     """A UNet worker: what it said of itself, and what it has been sent.
 
     durations: of its profile. slots: in flight, oldest first. turns: when a batch key had its last
-    slot, by slot number. ledger: of the last slots and gaps, for the window behind. takes_turns:
-    its device computes for one process at a time, so nothing runs beside a slot.
+    slot, by slot number. ledger: of the last slots and gaps, for the window behind. rests_since:
+    when its last slot was over, or its last gap. takes_turns: its device computes for one process
+    at a time, so nothing runs beside a slot.
     """
 
     info: WorkerInfo
@@ -231,6 +232,7 @@ class UnetWorker:
     ledger: deque[Spent] = field(default_factory=lambda: deque(maxlen=8))
     outlook: Outlook | None = None
     num_slots: int = 0
+    rests_since: float = 0.0
     takes_turns: bool = False
     is_draining: bool = False
     is_announced: bool = False
