@@ -28,7 +28,6 @@ from cli.stack import COMPILED_KERNELS, WORKER_ENVIRONMENT
 from services.scheduler.profile import Profile
 from services.scheduler.profile_file import parse_profile
 
-
 AS_MOST_PEOPLE_DO: Final = COMPILED_KERNELS | {"SYNERDIFF_SPLIT_ROWS": "false"}
 """The workers' environment with default threads: all of them share each operation."""
 

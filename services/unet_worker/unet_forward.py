@@ -75,9 +75,7 @@ class UnetForward:
             _set_threads(self._threads)
             self._threads = 0
 
-    def _in_parts(
-        self, graph: Any, inputs: _Inputs, num_parts: int, threads: int
-    ) -> torch.Tensor:
+    def _in_parts(self, graph: Any, inputs: _Inputs, num_parts: int, threads: int) -> torch.Tensor:
         """All parts at once, the first in this thread; each on so many threads."""
         if self._helpers is None:
             self._helpers = ThreadPoolExecutor(thread_name_prefix="part")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ def test_parts_take_turns_while_chunks_run(beside: threading.Event) -> None:
         side.join()
     lead = [abs(2 * seen[:i].count(0) - i) for i in range(len(seen))]
     assert max(lead) <= 2 * TURN
-    changes = sum(a != b for a, b in zip(seen, seen[1:], strict=False))
+    changes = sum(a != b for a, b in pairwise(seen))
     assert changes <= 4 * 10, "they run one at a time, not side by side"
 
 

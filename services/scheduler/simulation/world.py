@@ -22,8 +22,8 @@ class SimulationSettings:
     message_ms: one way between scheduler and worker. slot_overhead_ms: of a slot, beside the
     forward that profiles time: rows gathered, guidance, the update (0.6 to 1.4 ms by the real
     worker on two cores). services_ms: that all other processes take of the cores for each slot,
-    where forwards run on them and wait (4.6 ms for each slot and 13 for each picture, by the
-    processor time of all threads at two loads). commit_ms: from the last chunk to the final state.
+    where forwards run on them and wait (3.7 ms for each slot and 14 for each picture, by the
+    processor time of all threads at three loads). commit_ms: from the last chunk to the final state.
     jitter: standard deviation of a duration's factor. max_s: simulated time to give up at.
     """
 
@@ -32,8 +32,8 @@ class SimulationSettings:
     vaes_elsewhere: int = 0
     message_ms: float = 1.0
     slot_overhead_ms: float = 1.5
-    services_ms: float = 4.6
-    commit_ms: float = 13.0
+    services_ms: float = 3.7
+    commit_ms: float = 14.0
     jitter: float = 0.03
     max_s: float = 36_000.0
     seed: int = 0
