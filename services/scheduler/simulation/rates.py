@@ -39,10 +39,15 @@ def slot_rates(
     unet_threads_beside: int,
     vae_threads: int,
 ) -> Rates:
-    """Of a slot of so many rows. unet_threads_beside: while chunks run."""
+    """Of a slot of so many rows. unet_threads_beside: while chunks run.
+
+    A slot that has fewer then was split over all of them, and its parts take turns on those left.
+    """
     alone_ms = _alone_ms(profile, size, rows, unet_threads)
     kind = _beside_kind(profile, unet_threads_beside, vae_threads)
     beside_ms = profile.beside_ms(size, rows, kind) if kind else EVEN_SHARE * alone_ms
+    if 0 < unet_threads_beside < unet_threads:
+        beside_ms = max(beside_ms, alone_ms * unet_threads / unet_threads_beside)
     return Rates(alone_ms=alone_ms, beside_ms=max(beside_ms, alone_ms))
 
 
