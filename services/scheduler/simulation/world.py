@@ -23,8 +23,8 @@ class SimulationSettings:
     forward that profiles time: rows gathered, guidance, the update (0.6 to 1.4 ms by the real
     worker on two cores). services_ms: that all other processes take of the cores for each slot,
     where forwards run on them and wait (3.7 ms for each slot and 14 for each picture, by the
-    processor time of all threads at three loads). commit_ms: from the last chunk to the final state.
-    jitter: standard deviation of a duration's factor. max_s: simulated time to give up at.
+    processor time of all threads at three loads). commit_ms: from the last chunk to the final
+    state. jitter: standard deviation of a duration's factor. max_s: simulated time to give up at.
     """
 
     num_groups: int = 1
