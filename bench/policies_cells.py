@@ -72,10 +72,12 @@ class Cell:
     def load(self, samples: Samples) -> float:
         """Requests a second, of a latency cell: 0.9 of the baseline's capacity.
 
-        Of the naive one all that it can just carry: its throughput.
+        Of the naive one all that it can just carry: the least of its throughputs, which differ by
+        up to a half from moment to moment. What is more than it can serve would make it as late as
+        the trace is long.
         """
         if self.against == NAIVE.name:
-            return throughput(NAIVE, samples)
+            return min(throughputs(NAIVE, samples))
         first = min(int(name.split("/")[1]) for name in samples if name.startswith("capacity/"))
         return 0.9 * float(samples[f"capacity/{first}/{self.against}"]["capacity_per_s"])
 
@@ -92,13 +94,18 @@ def best_of(contenders: Sequence[Contender], plan: Plan, samples: Samples) -> Co
 
 
 def throughput(contender: Contender, samples: Samples) -> float:
-    """The median over the seeds that were measured, in pictures a second."""
-    found = [
-        sample["throughput_per_s"]
+    """The median over the seeds that were measured, in pictures a second; 0 if none was."""
+    found = throughputs(contender, samples)
+    return median(found) if found else 0.0
+
+
+def throughputs(contender: Contender, samples: Samples) -> list[float]:
+    """Of each seed that was measured, in pictures a second."""
+    return [
+        float(sample["throughput_per_s"])
         for name, sample in samples.items()
         if name.startswith("throughput/") and name.split("/", 2)[2] == contender.name
     ]
-    return float(median(found)) if found else 0.0
 
 
 def next_cells(plan: Plan, samples: Samples, *, only_missing: bool) -> list[Cell]:
