@@ -13,6 +13,7 @@ compiler wherever this runs, and `torch.export` gives Python again.
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -78,7 +79,7 @@ class UnetForward:
     def _in_parts(self, graph: Any, inputs: _Inputs, num_parts: int, threads: int) -> torch.Tensor:
         """All parts at once, the first in this thread; each on so many threads."""
         if self._helpers is None:
-            self._helpers = ThreadPoolExecutor(thread_name_prefix="part")
+            self._helpers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="part")
         parts = list(zip(*(one.tensor_split(num_parts) for one in inputs), strict=True))
         giving_way = GivingWay.running
         turns = giving_way.turns(num_parts, threads) if giving_way else None
