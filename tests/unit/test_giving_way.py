@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
 
 from services.unet_worker.giving_way import TURN, GivingWay, Turns, watch
+
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 class Watched(torch.nn.Module):
@@ -27,14 +29,6 @@ class Watched(torch.nn.Module):
     def forward(self) -> None:
         for layer in self.layers:
             layer(torch.zeros(1, 2))
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_a_forward_gives_way_while_chunks_run_and_takes_its_threads_back() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from services.unet_worker.model import DiffusionModel, load_model
 from services.unet_worker.prepare import prepare_unet
 from services.unet_worker.slot import predict_noise
 from shared.errors import ConfigurationError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _predict(model: DiffusionModel, rows: int, height: int, width: int) -> torch.Tensor:
@@ -30,14 +31,6 @@ def _predict(model: DiffusionModel, rows: int, height: int, width: int) -> torch
             embeds.to(model.dtype),
             torch.zeros(rows, facts.timestep_cond_channels, dtype=model.dtype),
         )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,9 @@ from services.unet_worker.model import DiffusionModel, load_model
 from services.unet_worker.prepare import prepare_unet
 from services.unet_worker.slot import unet_inputs
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 SIZE = (64, 64)
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
