@@ -232,9 +232,14 @@ class SchedulerService:
     async def _report_progress(self) -> None:
         """To all gateways, a few times a second: each slot would be more than anybody can watch."""
         if self._progress and time.monotonic() >= self._next_progress:
-            items, self._progress = tuple(self._progress.values()), {}
+            # Those that are over by now have been told so.
+            items = tuple(
+                one for name, one in self._progress.items() if name in self._core.requests
+            )
+            self._progress.clear()
             self._next_progress = time.monotonic() + PROGRESS_S
-            await self._streams.notify(RequestsProgressed(items=items))
+            if items:
+                await self._streams.notify(RequestsProgressed(items=items))
 
     async def _note(self, commands: Sequence[Command]) -> None:
         """What lasts: final states, lost workers, profiles."""
