@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.ceiling import ceiling_s
 from bench.contenders import EQUAL_SKIP, NAIVE, SYNERDIFF, TUNED, Contender
-from bench.policies_cells import Plan, Samples, best_of, next_cells, throughput
+from bench.policies_cells import Plan, Samples, best_of, next_cells, throughput, throughputs
 from bench.report import spread
 from services.scheduler.profile import Profile
 
@@ -31,7 +31,7 @@ def summarise(plan: Plan, samples: Samples, profile: Profile) -> dict[str, Any]:
         "guidance_skip": plan.mix.guidance_skip,
         "num_steps": plan.mix.num_steps,
         "cells_missing": [cell.name for cell in missing],
-        "contenders": {one.name: _contender(one, plan, samples) for one in plan.contenders},
+        "contenders": {one.name: _contender(one, samples) for one in plan.contenders},
     }
 
 
@@ -82,14 +82,9 @@ def _attained(plan: Plan, samples: Samples, profile: Profile) -> float | None:
     return _median(shares)
 
 
-def _contender(one: Contender, plan: Plan, samples: Samples) -> dict[str, Any]:
+def _contender(one: Contender, samples: Samples) -> dict[str, Any]:
     found: dict[str, Any] = {"throughput_per_s": throughput(one, samples)}
-    rates = [
-        samples[name]["throughput_per_s"]
-        for seed in plan.seeds
-        if (name := f"throughput/{seed}/{one.name}") in samples
-    ]
-    if rates:
+    if rates := throughputs(one, samples):
         found["throughput_spread"] = spread(rates)
     for name, sample in samples.items():
         kind, _, rest = name.split("/", 2)

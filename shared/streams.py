@@ -85,24 +85,11 @@ class Streams:
 
     async def send(self, stream: str, *messages: Message) -> None:
         """Append messages in order; the stream is created if need be."""
-        if len(messages) == 1:  # most of the time, and then one command is enough
-            await self._redis.xadd(stream, {"m": codec.encode(messages[0])})
-        elif messages:
-            async with self._redis.pipeline(transaction=True) as pipeline:
-                for message in messages:
-                    pipeline.xadd(stream, {"m": codec.encode(message)})
-                await pipeline.execute()
+        await self._append([(stream, message) for message in messages], makes_streams=True)
 
     async def send_to_workers(self, items: Sequence[tuple[str, Message]]) -> None:
         """Append (stream, message) pairs in order; a stream that is gone swallows its message."""
-        if len(items) == 1:
-            [(stream, message)] = items
-            await self._redis.xadd(stream, {"m": codec.encode(message)}, nomkstream=True)
-        elif items:
-            async with self._redis.pipeline(transaction=True) as pipeline:
-                for stream, message in items:
-                    pipeline.xadd(stream, {"m": codec.encode(message)}, nomkstream=True)
-                await pipeline.execute()
+        await self._append(items, makes_streams=False)
 
     async def notify(self, message: Message) -> None:
         """Put a message on the gateways' notice board."""
@@ -143,6 +130,15 @@ class Streams:
         ids = list(entry_ids)
         if ids:
             await self._redis.xdel(stream, *ids)
+
+    async def _append(self, items: Sequence[tuple[str, Message]], *, makes_streams: bool) -> None:
+        """All of them or none. One, as most of the time, is a command and no transaction."""
+        if not items:
+            return
+        async with self._redis.pipeline(transaction=len(items) > 1) as pipeline:
+            for stream, message in items:
+                pipeline.xadd(stream, {"m": codec.encode(message)}, nomkstream=not makes_streams)
+            await pipeline.execute()
 
     async def _bury(
         self, stream: str, entry_id: str, fields: Mapping[bytes, bytes], reason: str

@@ -48,7 +48,7 @@ class GivingWay:
 
     def __init__(self, has_chunks_beside: Callable[[], bool]) -> None:
         self._has_chunks_beside = has_chunks_beside
-        self._threads = self._threads_beside = self._now = 0
+        self._threads = self._threads_beside = 0
 
     def run(self, call: Callable[[], T], *, threads: int, threads_beside: int) -> T:
         """The call's result; its forwards run on `threads`, or while chunks run on the others.
@@ -57,14 +57,14 @@ class GivingWay:
         """
         if not threads_beside:
             return call()
-        self._threads = self._now = threads
+        self._threads = threads
         self._threads_beside = threads_beside
         GivingWay.running = self
         try:
             return call()
         finally:
             GivingWay.running = None
-            self._set(threads)
+            set_threads(threads)
 
     def turns(self, num_parts: int, threads: int) -> Turns:
         """Of a forward's parts, each on so many threads."""
@@ -73,12 +73,7 @@ class GivingWay:
 
     def look(self) -> None:
         """Set the threads by whether chunks run now."""
-        self._set(self._threads_beside if self._has_chunks_beside() else self._threads)
-
-    def _set(self, threads: int) -> None:
-        if threads != self._now:
-            torch.set_num_threads(threads)
-            self._now = threads
+        set_threads(self._threads_beside if self._has_chunks_beside() else self._threads)
 
 
 class Turns:
@@ -126,6 +121,12 @@ class Turns:
     def _num_before(self, part: int) -> int:
         own = (self._looks[part] // TURN, part)
         return sum((looks // TURN, i) < own for i, looks in enumerate(self._looks))
+
+
+def set_threads(threads: int) -> None:
+    """How many of them the calling thread computes on."""
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 def watch(unet: torch.nn.Module) -> None:

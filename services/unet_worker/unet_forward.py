@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from services.unet_worker.giving_way import GivingWay, Turns
+from services.unet_worker.giving_way import GivingWay, Turns, set_threads
 
 _Inputs = tuple[torch.Tensor, ...]
 
@@ -57,10 +57,10 @@ class UnetForward:
         try:
             if num_parts > 1:
                 return self._in_parts(graph, inputs, num_parts, threads // num_parts)
-            _set_threads(threads)
+            set_threads(threads)
             return (graph or self._call)(*inputs)  # type: ignore[no-any-return]
         finally:
-            _set_threads(callers)
+            set_threads(callers)
 
     @contextlib.contextmanager
     def holding_threads(self) -> Iterator[None]:
@@ -69,11 +69,11 @@ class UnetForward:
         What is small gains nothing by many, and they would go on waiting for more of it.
         """
         self._threads = torch.get_num_threads()
-        _set_threads(1)
+        set_threads(1)
         try:
             yield
         finally:
-            _set_threads(self._threads)
+            set_threads(self._threads)
             self._threads = 0
 
     def _in_parts(self, graph: Any, inputs: _Inputs, num_parts: int, threads: int) -> torch.Tensor:
@@ -114,17 +114,11 @@ class UnetForward:
         return is_same
 
 
-def _set_threads(threads: int) -> None:
-    """Of the calling thread."""
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
-
-
 @torch.inference_mode()
 def _run_part(
     graph: Any, inputs: _Inputs, threads: int, turns: Turns | None, number: int
 ) -> torch.Tensor:
-    _set_threads(threads)
+    set_threads(threads)
     with turns.taken_by(number) if turns else contextlib.nullcontext():
         return graph(*inputs)  # type: ignore[no-any-return]
 
