@@ -18,7 +18,7 @@ def brute_force(problem: Problem) -> float:
         for i, j in enumerate(choice):
             option = model.stages[i][j]
             taken += model.excess[i][j]
-            if taken > model.num_buckets or done + option.chunks >= len(model.unfinished):
+            if taken > model.num_buckets or done + option.chunks > model.limits[i]:
                 break
             cost += option.ms * model.unfinished[done] + option.price
             done += option.chunks
@@ -53,6 +53,7 @@ def random_problem(chance: random.Random, *, num_slots: int, num_decodes: int) -
                 slot.append(Option(chunks=k, skips=skips, ms=max(ms, 1.0), price=price))
         stages += [tuple(gap), tuple(slot)]
     remaining = tuple(sorted(chance.randint(1, 6) for _ in range(num_decodes)))
+    is_all_ready = chance.random() < 0.5  # noqa: PLR2004  a coin
     alone = sum(max(option.ms for option in stage if not option.chunks) for stage in stages)
     return Problem(
         stages=tuple(stages),
@@ -61,4 +62,6 @@ def random_problem(chance: random.Random, *, num_slots: int, num_decodes: int) -
         tail_ms=chunk_ms * min(1.0, 1 - overlap),
         tail_price=chance.choice([0.0, chance.uniform(0, 5) * chunk_ms]),
         must_grant=chance.random() < 0.1,  # noqa: PLR2004  one in ten
+        num_ready=None if is_all_ready else chance.randrange(sum(remaining) + 1),
+        all_ready_at=chance.randrange(len(stages) + 1),
     )

@@ -374,7 +374,8 @@ class DenoiseSlot:
 
     kind: "alone" or "beside" (decode chunks run next to it). threads: for the compute thread, 0
     leaves the library's default. threads_beside: while chunks run on its device, as its pool's
-    header tells; 0 for no difference.
+    header tells; 0 for no difference. waiting_share: of the rows, from 0 to 1, in parts that wait
+    meanwhile.
     """
 
     epoch: int
@@ -383,6 +384,7 @@ class DenoiseSlot:
     threads: int
     rows: tuple[SlotRow, ...]
     threads_beside: int = 0
+    waiting_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,10 +29,11 @@ def note_slot(unet: UnetWorker, event: SlotDenoised, requests: Mapping[str, Requ
         return
     _charge_slot(unet, event)
     size, durations = slot.key.size, unet.durations
-    if slot.chunks and durations.chunk_counts(size):
-        kind, (_, predicted_ms) = BESIDE, durations.beside(size, rows, slot.chunks, 1.0)
+    kind = BESIDE if slot.chunks else ALONE
+    if durations.has_beside(size, slot.shape.threads_beside):
+        predicted_ms = durations.beside(size, rows, slot.chunks, 1.0, shape=slot.shape).ms
     else:
-        kind, (_, predicted_ms) = ALONE, durations.alone(size, rows)
+        predicted_ms = durations.alone(size, rows).ms
     unet.drift = unet.drift.after(
         kind,
         predicted_ms=predicted_ms * unet.drift.factor(kind),

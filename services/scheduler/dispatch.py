@@ -252,6 +252,11 @@ class Dispatch:
                 for request in pending
                 if request.batch_key.model == unet.info.model_id
             ]
+            decodes += [
+                _decode(request, beside[0], unet, is_assigned=False)
+                for request in residents
+                if request.has_latents_soon
+            ]
         return GroupView(
             unet=unet, requests=residents, decodes=decodes, num_waiting=num_waiting, now=now
         )
@@ -267,7 +272,7 @@ class Dispatch:
                 rows=plan.rows,
                 key=key,
                 kind=plan.kind,
-                threads_beside=plan.threads_beside,
+                shape=plan.shape,
                 num_rows=rows,
                 chunks=sum(grant.chunks for grant in plan.grants if grant.is_bound),
             )
@@ -284,7 +289,8 @@ class Dispatch:
             seq=self._next_seq,
             kind="beside" if plan.kind and plan.kind.chunks else "alone",
             threads=plan.threads,
-            threads_beside=plan.threads_beside,
+            threads_beside=plan.shape.threads_beside,
+            waiting_share=plan.shape.waiting_share,
             rows=plan.rows,
         )
         self._outbox.send(unet.info.incarnation, "work", slot)

@@ -1,19 +1,43 @@
 """How long slots take on a device: a profile's answers, worked out once for each question.
 
 Nothing here knows of drift: it multiplies what is asked for by the kind of slot, alone or beside.
+
+On a CPU a slot's rows are split over the cores, and while chunks run some of its parts wait. Those
+have fewer rows, so that all parts are done together: that is a slot's *shape*.
 """
 
 from __future__ import annotations
 
+from math import ceil
 from statistics import fmean
+from typing import NamedTuple
 
 from services.scheduler.profile import Profile, SlotKind
 
 WEIGHT_STEPS = 16
 """Chunk weights are taken in sixteenths, so that few of them differ."""
 
-Timed = tuple[SlotKind, float]
-"""A slot kind and its duration in ms."""
+
+class Shape(NamedTuple):
+    """How a slot leaves room for chunks: its threads while they run, and who waits meanwhile.
+
+    waiting_share: of the rows, in parts that wait; 0 where all go on.
+    """
+
+    threads_beside: int = 0
+    waiting_share: float = 0.0
+
+
+NO_ROOM = Shape()
+"""Of a slot that runs the same with chunks beside it."""
+
+
+class Timed(NamedTuple):
+    """A slot's kind, its shape, and its duration in ms."""
+
+    kind: SlotKind
+    ms: float
+    shape: Shape = NO_ROOM
 
 
 class Durations:
@@ -26,49 +50,50 @@ class Durations:
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
         self._alone: dict[tuple[str, int], Timed] = {}
-        self._beside: dict[tuple[str, int, int, float, int | None], Timed] = {}
+        self._beside: dict[tuple[str, int, int, float, Shape | None], Timed] = {}
         self._counts: dict[str, tuple[int, ...]] = {}
         self._chunk_ms: dict[str, float] = {}
 
     def alone(self, size: str, rows: int) -> Timed:
-        """The fastest slot of so many rows with nothing beside it."""
+        """The fastest slot of so many rows with nothing beside it; its shape fits latecomers."""
         found = self._alone.get((size, rows))
         if found is None:
             profile = self._profile
             kinds = [kind for kind in profile.kinds(size) if not kind.chunks]
             ms, kind = min((profile.slot_ms(size, rows, kind)[0], kind) for kind in kinds)
-            found = self._alone[(size, rows)] = (kind, ms)
+            found = self._alone[(size, rows)] = Timed(kind, ms, self._even_shape(size))
         return found
 
     def beside(
-        self, size: str, rows: int, chunks: int, weight: float, *, unet_threads: int | None = None
+        self, size: str, rows: int, chunks: int, weight: float, *, shape: Shape | None = None
     ) -> Timed:
         """The fastest slot of so many rows with chunks beside it, until both are over.
 
-        It gives way to them: as slow as with chunks all along while they run, as fast as alone
-        otherwise. weight: of a chunk, over one of the size's own. unet_threads: of the slot while
-        they run; None leaves them open. Only where `has_beside`.
+        weight: of a chunk, over one of the size's own. shape: of a slot that was sent already; None
+        leaves it open. Only where `has_beside`.
         """
         weight = max(round(weight * WEIGHT_STEPS), 1) / WEIGHT_STEPS
-        question = (size, rows, chunks, weight, unet_threads)
+        question = (size, rows, chunks, weight, shape)
         found = self._beside.get(question)
         if found is None:
             kinds = [
                 kind
                 for kind in self._profile.beside_kinds(size)
-                if unet_threads in {None, kind.unet_threads}
+                if shape is None or shape.threads_beside == kind.unet_threads
             ]
             # Those measured with as many chunks, or the most below.
             known = max(
                 (kind.chunks for kind in kinds if kind.chunks <= chunks),
                 default=min(kind.chunks for kind in kinds),
             )
-            ms, kind = min(
-                (self._beside_ms(size, rows, kind, chunks * weight), kind)
-                for kind in kinds
-                if kind.chunks == known
+            found = self._beside[question] = min(
+                (
+                    self._timed_beside(size, rows, kind, chunks * weight, shape)
+                    for kind in kinds
+                    if kind.chunks == known
+                ),
+                key=lambda one: (one.ms, one.kind),
             )
-            found = self._beside[question] = (kind, ms)
         return found
 
     def has_beside(self, size: str, unet_threads: int) -> bool:
@@ -90,7 +115,21 @@ class Durations:
             self._chunk_ms[size] = fmean(decode.chunk_ms) if decode else 0.0
         return self._chunk_ms[size]
 
-    def _beside_ms(self, size: str, rows: int, kind: SlotKind, chunks: float) -> float:
+    def _even_shape(self, size: str) -> Shape:
+        """All parts alike; threads as beside as few chunks as any."""
+        kind = min(self._profile.beside_kinds(size), key=lambda one: one.chunks, default=None)
+        if kind is None:
+            return NO_ROOM
+        num_waiting = self._num_waiting(kind)
+        return Shape(kind.unet_threads, num_waiting / max(self._profile.threads, 1))
+
+    def _num_waiting(self, kind: SlotKind) -> int:
+        """Parts of a slot, one for each thread, that wait while the kind's chunks run."""
+        return self._profile.threads - kind.unet_threads if kind.unet_threads else 0
+
+    def _timed_beside(
+        self, size: str, rows: int, kind: SlotKind, chunks: float, shape: Shape | None
+    ) -> Timed:
         """By the rates of the kind on the same threads whose chunks overlap most: the surest."""
         split = (kind.unet_threads, kind.vae_threads)
         longest = max(
@@ -101,10 +140,44 @@ class Durations:
             ),
             key=lambda one: one.chunks,
         )
-        _, alone_ms = self.alone(size, rows)
-        all_along_ms = max(self._profile.beside_ms(size, rows, longest), alone_ms)
         _, chunks_ms = self._profile.slot_ms(size, rows, longest)
         work_ms = chunks * chunks_ms / longest.chunks
-        if work_ms >= all_along_ms:
-            return work_ms
-        return alone_ms + work_ms * (1 - alone_ms / all_along_ms)
+        num_waiting = self._num_waiting(kind)
+        if not num_waiting:
+            ms = self._going_on_ms(size, rows, rows, longest, work_ms)
+            return Timed(kind, max(ms, work_ms), Shape(kind.unet_threads))
+        if shape:
+            choice = [floor_share(rows, shape.waiting_share)]
+        else:
+            choice = list(range(rows * num_waiting // self._profile.threads + 1))
+        ms, waiting_rows = min(
+            (self._in_parts_ms(size, rows, waiting, longest, work_ms), waiting)
+            for waiting in choice
+        )
+        return Timed(kind, ms, shape or Shape(kind.unet_threads, waiting_rows / rows))
+
+    def _in_parts_ms(
+        self, size: str, rows: int, waiting_rows: int, kind: SlotKind, work_ms: float
+    ) -> float:
+        """With so many of the rows in parts that wait for the chunks, or for the other parts."""
+        threads, num_waiting = self._profile.threads, self._num_waiting(kind)
+        going_on = rows - waiting_rows
+        as_many_alone = ceil(going_on * threads / kind.unet_threads)
+        going_on_ms = self._going_on_ms(size, going_on, as_many_alone, kind, work_ms)
+        if not waiting_rows:
+            return max(going_on_ms, work_ms)
+        _, waiting_ms, _ = self.alone(size, ceil(waiting_rows * threads / num_waiting))
+        return max(going_on_ms, min(work_ms, going_on_ms) + waiting_ms, work_ms)
+
+    def _going_on_ms(
+        self, size: str, rows: int, as_many_alone: int, kind: SlotKind, work_ms: float
+    ) -> float:
+        """Of rows that don't wait for chunks, on the kind's threads; as many as alone on all."""
+        _, alone_ms, _ = self.alone(size, as_many_alone)
+        beside_ms = max(self._profile.beside_ms(size, rows, kind), alone_ms)
+        return alone_ms + min(work_ms, beside_ms) * (1 - alone_ms / beside_ms)
+
+
+def floor_share(rows: int, share: float) -> int:
+    """So many of the rows, rounded down."""
+    return int(rows * share + 1e-6)

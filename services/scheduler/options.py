@@ -8,19 +8,18 @@ from itertools import accumulate, islice
 from statistics import fmean
 
 from services.scheduler.drift import ALONE, BESIDE, CHUNKS, Drift
-from services.scheduler.durations import Durations
+from services.scheduler.durations import Durations, Timed
 from services.scheduler.packing import Batch
 from services.scheduler.planner import Option
 from services.scheduler.policy import Decode
-from services.scheduler.profile import SlotKind
 from services.scheduler.skipping import Skippable
 from services.scheduler.state import SlotInFlight
 
 GAP_COUNTS = (1, 2, 4)
 """Chunks on offer in a gap, besides what is left of the first decodes."""
 
-Kinds = dict[int, SlotKind]
-"""The fastest kind of a slot by the chunks beside it."""
+Ways = dict[tuple[int, int], Timed]
+"""The fastest way to run a slot, by the chunks beside it and the rows skipped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +51,7 @@ class Times:
 
     def alone_ms(self, size: str, rows: int) -> float:
         """Of a slot with nothing beside it."""
-        return self.durations.alone(size, rows)[1] * self.drift.factor(ALONE)
+        return self.durations.alone(size, rows).ms * self.drift.factor(ALONE)
 
     def mean_chunk_ms(self, decodes: Sequence[Decode]) -> float:
         """Of those decodes, alone; 0 for none."""
@@ -102,8 +101,8 @@ def slot_options(
     num_waiting: float,
     num_delayed: float,
     rule: WindowRule,
-) -> tuple[tuple[Option, ...], Kinds]:
-    """Every (chunks beside, skips) worth offering; and the kind for each number of chunks.
+) -> tuple[tuple[Option, ...], Ways]:
+    """Every (chunks beside, skips) worth offering, and the way to run each.
 
     num_waiting: whom the time serves that skips save. num_delayed: whom the time costs that chunks
     add to the slot.
@@ -115,18 +114,18 @@ def slot_options(
     if decodes and durations.chunk_counts(size):
         counts = durations.chunk_counts(size) if rule.chunking else (decodes[0].remaining,)
     skips_on_offer = _skips_on_offer(times, batch, candidates, num_waiting)
-    kinds = {0: durations.alone(size, rows)[0]}
-    alone_ms = {skips: durations.alone(size, rows - skips)[1] * alone for skips in skips_on_offer}
+    ways = {(0, skips): durations.alone(size, rows - skips) for skips in skips_on_offer}
+    alone_ms = {skips: ways[0, skips].ms * alone for skips in skips_on_offer}
     options = _unbeaten(
         Option(chunks=0, skips=skips, ms=alone_ms[skips], price=price)
         for skips, price in skips_on_offer.items()
     )
     for count in counts:
-        kinds[count] = durations.beside(size, rows, count, weight)[0]
+        for skips in skips_on_offer:
+            ways[count, skips] = durations.beside(size, rows - skips, count, weight)
         # Where chunks seem to make a slot faster, that is noise of the measuring.
         beside_ms = {
-            skips: max(durations.beside(size, rows - skips, count, weight)[1] * beside, ms)
-            for skips, ms in alone_ms.items()
+            skips: max(ways[count, skips].ms * beside, ms) for skips, ms in alone_ms.items()
         }
         options += _unbeaten(
             Option(
@@ -137,19 +136,19 @@ def slot_options(
             )
             for skips, price in skips_on_offer.items()
         )
-    return tuple(options), kinds
+    return tuple(options), ways
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InFlight:
     """A slot in flight that more chunks may run beside.
 
-    options: what it takes as it is, or with more chunks. kinds: by the chunks added.
+    options: what it takes as it is, or with more chunks. vae_threads: by the chunks added.
     """
 
     slot: SlotInFlight
     options: tuple[Option, ...]
-    kinds: Kinds
+    vae_threads: dict[int, int]
 
     @property
     def base_ms(self) -> float:
@@ -171,25 +170,24 @@ def in_flight(
     It is taken as just begun.
     """
     size, rows, durations = slot.key.size, slot.num_rows, times.durations
-    if slot.kind is None or not rows or not any(one.is_assigned for one in decodes):
+    if slot.kind is None or not rows or all(one.is_coming for one in decodes):
         return None
-    threads = slot.threads_beside
-    if not durations.has_beside(size, threads):
+    if not durations.has_beside(size, slot.shape.threads_beside):
         return None
     weight = times.chunk_weight(size, chunk_ms)
     beside = times.drift.factor(BESIDE)
     totals = durations.chunk_counts(size) if rule.chunking else (decodes[0].remaining,)
 
-    def timed(chunks: int) -> tuple[SlotKind, float]:
-        kind, ms = durations.beside(size, rows, chunks, weight, unet_threads=threads)
-        return kind, ms * beside
+    def timed(chunks: int) -> Timed:
+        return durations.beside(size, rows, chunks, weight, shape=slot.shape)
 
-    base_ms = timed(slot.chunks)[1] if slot.chunks else times.alone_ms(size, rows)
-    options, kinds = [Option(chunks=0, skips=0, ms=base_ms)], {}
+    base_ms = timed(slot.chunks).ms * (beside if slot.chunks else times.drift.factor(ALONE))
+    options, vae_threads = [Option(chunks=0, skips=0, ms=base_ms)], {}
     for total in totals:
         if total > slot.chunks and (rule.chunking or not slot.chunks):
-            kinds[total - slot.chunks], ms = timed(total)
-            extra_ms = max(ms - base_ms, 0.0)
+            way = timed(total)
+            vae_threads[total - slot.chunks] = way.kind.vae_threads
+            extra_ms = max(way.ms * beside - base_ms, 0.0)
             options.append(
                 Option(
                     chunks=total - slot.chunks,
@@ -198,7 +196,7 @@ def in_flight(
                     price=num_delayed * extra_ms,
                 )
             )
-    return InFlight(slot=slot, options=tuple(options), kinds=kinds)
+    return InFlight(slot=slot, options=tuple(options), vae_threads=vae_threads)
 
 
 def chunk_price(stages: Iterable[Sequence[Option]], num_delayed: float) -> float:

@@ -66,6 +66,14 @@ class Problem:
     tail_ms: float
     tail_price: float = 0.0
     must_grant: bool = False
+    num_ready: int | None = None
+    all_ready_at: int = 0
+
+    def limits(self) -> list[int]:
+        """By stage, how many chunks there are to be done by its end."""
+        total = sum(self.remaining)
+        ready = total if self.num_ready is None else min(self.num_ready, total)
+        return [total if i >= self.all_ready_at else ready for i in range(len(self.stages))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,13 +99,15 @@ class Model:
     """A problem in the numbers that the programme and its checks share.
 
     stages: the options that may be chosen. excess: of each, in buckets. num_buckets: excess
-    allowed in all. unfinished: decodes unfinished by chunks done, up to the most a plan can do.
-    tail: cost of what is left, by chunks done.
+    allowed in all. limits: chunks that may be done by each stage's end. unfinished: decodes
+    unfinished by chunks done, up to the most a plan can do. tail: cost of what is left, by chunks
+    done.
     """
 
     stages: tuple[tuple[Option, ...], ...]
     excess: tuple[tuple[int, ...], ...]
     num_buckets: int
+    limits: tuple[int, ...]
     unfinished: tuple[int, ...]
     tail: tuple[float, ...]
     is_feasible: bool
@@ -105,8 +115,8 @@ class Model:
     @classmethod
     def of(cls, problem: Problem) -> Model:
         """Count chunks, buckets and what is left."""
-        total = sum(problem.remaining)
-        stages = _allowed_stages(problem, total)
+        total, limits = sum(problem.remaining), problem.limits()
+        stages = _allowed_stages(problem, limits)
         # Stages are mostly the same few objects, and what is worked out of one holds for all.
         distinct = {id(stage): stage for stage in stages}
         shortest = {name: min(option.ms for option in stage) for name, stage in distinct.items()}
@@ -123,19 +133,21 @@ class Model:
             stages=tuple(stages),
             excess=tuple(excess[id(stage)] for stage in stages),
             num_buckets=NUM_BUCKETS,
+            limits=tuple(min(limit, reach) for limit in limits),
             unfinished=unfinished,
             tail=tail,
             is_feasible=slack >= -EPSILON,
         )
 
 
-def _allowed_stages(problem: Problem, total: int) -> list[tuple[Option, ...]]:
-    """The stages with the options that may be chosen where `total` chunks are left."""
-    allowed: dict[int, tuple[Option, ...]] = {}
-    for stage in problem.stages:
-        if id(stage) not in allowed:
-            allowed[id(stage)] = tuple(one for one in stage if one.chunks <= total)
-    stages = [allowed[id(stage)] for stage in problem.stages]
+def _allowed_stages(problem: Problem, limits: Sequence[int]) -> list[tuple[Option, ...]]:
+    """The stages with the options that may be chosen where there are so many chunks by each."""
+    allowed: dict[tuple[int, int], tuple[Option, ...]] = {}
+    stages = []
+    for stage, limit in zip(problem.stages, limits, strict=True):
+        if (id(stage), limit) not in allowed:
+            allowed[id(stage), limit] = tuple(one for one in stage if one.chunks <= limit)
+        stages.append(allowed[id(stage), limit])
     if problem.must_grant:
         for i, stage in enumerate(stages):
             granting = tuple(one for one in stage if one.chunks)
@@ -171,7 +183,7 @@ def solve(problem: Problem) -> Solution:
         best, choice = inf, -1
         for j, (option, taken) in enumerate(zip(stage, excess, strict=True)):
             after, rest = done + option.chunks, left - taken
-            if after >= len(model.unfinished) or rest < 0:
+            if after > model.limits[i] or rest < 0:
                 continue
             cost = option.ms * model.unfinished[done] + option.price + to_go.at(i + 1, after, rest)
             if cost < best - EPSILON:
@@ -204,11 +216,10 @@ class _CostsToGo:
         self._width = self._num_columns + self._pad
         unfinished = np.repeat(np.array(model.unfinished, dtype=np.float64), self._width)
         self._scratch = np.empty_like(unfinished)
-        # No more chunks can be done at a stage than those before it offer.
-        reach = len(model.unfinished) - 1
+        # No more chunks can be done at a stage than those before it offer, or than there are.
         heights = [0]
-        for stage in model.stages:
-            heights.append(min(reach, heights[-1] + max(option.chunks for option in stage)))
+        for stage, limit in zip(model.stages, model.limits, strict=True):
+            heights.append(min(limit, heights[-1] + max(option.chunks for option in stage)))
         end = self._new_table(heights[-1])
         rows = end[self._pad :].reshape(-1, self._width)
         rows[:, : self._num_columns] = np.array(model.tail[: len(rows)])[:, None]
@@ -274,11 +285,11 @@ def greedy(problem: Problem) -> Solution:
     done, left = 0, model.num_buckets
     chosen = []
     cost = 0.0
-    for stage, excess in zip(model.stages, model.excess, strict=True):
+    for stage, excess, limit in zip(model.stages, model.excess, model.limits, strict=True):
         allowed = [
             (option, taken)
             for option, taken in zip(stage, excess, strict=True)
-            if taken <= left and done + option.chunks < len(model.unfinished)
+            if taken <= left and done + option.chunks <= limit
         ]
         waiting = model.unfinished[done]
         option, taken = min(

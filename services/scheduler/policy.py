@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from services.scheduler.durations import NO_ROOM, Shape
 from services.scheduler.profile import SlotKind
 from services.scheduler.state import Outlook, Request, UnetWorker
 from services.scheduler.threshold import Threshold
@@ -40,6 +41,11 @@ class Decode:
         return max(self.num_chunks - self.request.granted_chunks, 0)
 
     @property
+    def is_coming(self) -> bool:
+        """Whether its last step is in a slot in flight."""
+        return self.request.slots_in_flight > 0
+
+    @property
     def is_done(self) -> bool:
         """Whether all its chunks have run; its image may still be on its way."""
         return self.request.done_chunks >= self.num_chunks
@@ -55,7 +61,8 @@ class GroupView:
     """What a policy decides on.
 
     requests: those at `unet`, in any order. decodes: those that are or will be at VAE workers that
-    share its device, assigned ones first, each part oldest first. num_waiting: requests that wait
+    share its device, assigned ones first, each part oldest first, and last those of requests whose
+    last step is in flight or was just done. num_waiting: requests that wait
     for admission, this worker's share of them. now: seconds since the Unix epoch.
     """
 
@@ -89,14 +96,14 @@ class Grant:
 class Plan:
     """The next slot's rows (none: no slot now) and threads, and grants.
 
-    threads_beside: of the slot while chunks run, 0 for no difference. kind: the profile's kind of
-    the slot, None where none is known. outlook: what is promised, of policies that plan. spends:
+    shape: how the slot leaves room for chunks. kind: the profile's kind of the slot, None where
+    none is known. outlook: what is promised, of policies that plan. spends:
     (ms planned, ms alone) of this slot or gap, None for neither.
     """
 
     rows: tuple[SlotRow, ...] = ()
     threads: int = 0
-    threads_beside: int = 0
+    shape: Shape = NO_ROOM
     kind: SlotKind | None = None
     grants: tuple[Grant, ...] = ()
     outlook: Outlook | None = None

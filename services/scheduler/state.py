@@ -12,7 +12,7 @@ from math import inf
 from typing import NamedTuple
 
 from services.scheduler.drift import Drift
-from services.scheduler.durations import Durations
+from services.scheduler.durations import NO_ROOM, Durations, Shape
 from services.scheduler.profile import Profile, SlotKind, make_key
 from services.scheduler.threshold import Threshold
 from shared.errors import IllegalTransitionError
@@ -118,6 +118,11 @@ class Request:
         return self.stage is Stage.DENOISING and self.next_step < self.num_forwards
 
     @property
+    def has_latents_soon(self) -> bool:
+        """Whether its last forward is in a slot that was sent, or just over."""
+        return self.stage is Stage.DENOISING and self.next_step >= self.num_forwards
+
+    @property
     def expected_forwards(self) -> int:
         """How many forwards are ahead of it, by its parameters until its worker has told."""
         if self.stage is Stage.DENOISING:
@@ -187,15 +192,15 @@ class Outlook:
 class SlotInFlight:
     """A slot that was sent and not reported.
 
-    kind: the profile's, None where none is known. threads_beside: of its forward while chunks run.
-    num_rows: as planned, skipped ones left out. chunks: granted beside it.
+    kind: the profile's, None where none is known. shape: how it leaves room for chunks. num_rows:
+    as planned, skipped ones left out. chunks: granted beside it.
     """
 
     seq: int
     rows: tuple[SlotRow, ...]
     key: BatchKey
     kind: SlotKind | None = None
-    threads_beside: int = 0
+    shape: Shape = NO_ROOM
     num_rows: int = 0
     chunks: int = 0
 

@@ -1,9 +1,10 @@
 """From what the scheduler knows to a planning problem, and what its solution means.
 
 The window is the slots in flight, beside which more chunks may run, then the next slots, each
-behind a gap in which chunks may be decoded alone. It also looks behind: what the last slots took
-beyond their share is deducted. Otherwise replanning at every slot would spend in each slot the
-slack of the whole window.
+behind a gap in which chunks may be decoded alone. Decodes whose last step is in flight are planned
+for from the next slot on, so that its shape leaves room for them. The window also looks behind:
+what the last slots took beyond their share is deducted. Otherwise replanning at every slot would
+spend in each slot the slack of the whole window.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from itertools import islice
 
 from services.scheduler.options import (
     InFlight,
-    Kinds,
     Times,
+    Ways,
     WindowRule,
     chunk_price,
     gap_options,
@@ -25,7 +26,6 @@ from services.scheduler.options import (
 from services.scheduler.packing import Batch
 from services.scheduler.planner import Option, Problem
 from services.scheduler.policy import Decode, GroupView
-from services.scheduler.profile import SlotKind
 from services.scheduler.skipping import Skippable, find_skippable, skippable_in
 from services.scheduler.state import BatchKey, Request
 
@@ -38,29 +38,21 @@ class Window:
     """A problem and the things its numbers stand for.
 
     stages of the problem: those of `in_flight`, then gap, slot, gap, slot... decodes: in the order
-    of service. skippable: requests of the first slot that may skip, cheapest first. kinds: of the
-    first slot. kind_for_latecomers: of it with chunks that are not known of yet. alone_ms: of the
-    planned slots. past_ms, past_alone_ms: of those behind, with the slots in flight.
-    first_alone_ms: of the first slot. is_forced: the first decode is overdue.
+    of service. skippable: requests of the first slot that may skip, cheapest first. ways: to run
+    the first slot. alone_ms: of the planned slots. past_ms, past_alone_ms: of those behind, with
+    the slots in flight. first_alone_ms: of the first slot. is_forced: the first decode is overdue.
     """
 
     problem: Problem
     in_flight: tuple[InFlight, ...]
     decodes: tuple[Decode, ...]
     skippable: tuple[Request, ...]
-    kinds: Kinds
-    kind_for_latecomers: SlotKind | None
+    ways: Ways
     alone_ms: float
     first_alone_ms: float
     past_ms: float
     past_alone_ms: float
     is_forced: bool
-
-    def beside_kind(self, chunks: int) -> SlotKind | None:
-        """The first slot's with so many chunks beside it, or with a few that may still come."""
-        if chunks:
-            return self.kinds[chunks]
-        return self.kind_for_latecomers
 
     @property
     def in_flight_ms(self) -> float:
@@ -110,14 +102,16 @@ def make_window(view: GroupView, batches: Sequence[Batch], rule: WindowRule) -> 
         tail_ms=chunk_ms,
         tail_price=chunk_price(stages[: len(sent) + 2], num_delayed),
         must_grant=is_forced,
+        num_ready=sum(one.remaining for one in decodes if not one.is_coming),
+        # The gap ahead of the first slot begins before anything else can come.
+        all_ready_at=len(sent) + 1,
     )
     return Window(
         problem=problem,
         in_flight=sent,
         decodes=decodes,
         skippable=tuple(one.request for one in slots[0].skippable) if slots else (),
-        kinds=slots[0].kinds if slots else {},
-        kind_for_latecomers=_kind_for_latecomers(times, batches[0]) if batches else None,
+        ways=slots[0].ways if slots else {},
         alone_ms=sum(alone),
         first_alone_ms=alone[0] if alone else 0.0,
         past_ms=past_ms,
@@ -128,11 +122,11 @@ def make_window(view: GroupView, batches: Sequence[Batch], rule: WindowRule) -> 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Slot:
-    """One slot of the window: who may skip in it, its options, and their kinds by chunks."""
+    """One slot of the window: who may skip in it, its options, and the ways to run it."""
 
     skippable: Sequence[Skippable]
     options: tuple[Option, ...]
-    kinds: Kinds
+    ways: Ways
 
 
 def _slots(
@@ -150,7 +144,7 @@ def _slots(
     if rule.skip:
         members = {one.request_id: one for batch in batches for one in batch.requests}
         skippable = find_skippable(members.values(), view.unet.profile, base_price=rule.skip_price)
-    built: dict[tuple[BatchKey, int, int, float], tuple[tuple[Option, ...], Kinds]] = {}
+    built: dict[tuple[BatchKey, int, int, float], tuple[tuple[Option, ...], Ways]] = {}
     slots = []
     for i, batch in enumerate(batches):
         candidates = skippable_in(batch.requests, i, skippable)
@@ -167,17 +161,9 @@ def _slots(
                 num_delayed=view.num_waiting + num_running,
                 rule=rule,
             )
-        options, kinds = built[alike]
-        slots.append(_Slot(skippable=candidates, options=options, kinds=kinds))
+        options, ways = built[alike]
+        slots.append(_Slot(skippable=candidates, options=options, ways=ways))
     return slots
-
-
-def _kind_for_latecomers(times: Times, batch: Batch) -> SlotKind | None:
-    """Of a slot beside as few chunks as any; None where nothing runs beside slots."""
-    counts = times.durations.chunk_counts(batch.key.size)
-    if not counts:
-        return None
-    return times.durations.beside(batch.key.size, batch.rows, counts[0], 1.0)[0]
 
 
 def _num_waiting(view: GroupView, num_running: int, batch: Batch, rule: WindowRule) -> float:
@@ -189,17 +175,21 @@ def _num_waiting(view: GroupView, num_running: int, batch: Batch, rule: WindowRu
 def _serving_order(view: GroupView, rule: WindowRule) -> tuple[tuple[Decode, ...], bool]:
     """Decodes with chunks left: overdue ones by age, then the least remaining work first.
 
-    Those at a VAE worker go before those that wait for one. Also whether one is overdue.
+    Those at a VAE worker go before those that wait for one, and these before those that are still
+    to come. Also whether one is overdue.
     """
 
-    def order(decode: Decode) -> tuple[bool, bool, float, float, str]:
-        at = decode.request.latents_at
-        overdue = view.now - at > rule.max_decode_wait_s
+    def is_overdue(decode: Decode) -> bool:
+        request = decode.request
+        return bool(request.latents) and view.now - request.latents_at > rule.max_decode_wait_s
+
+    def order(decode: Decode) -> tuple[bool, bool, bool, float, float, str]:
+        at = decode.request.latents_at if decode.request.latents else view.now
+        overdue = is_overdue(decode)
         work = 0.0 if overdue else decode.remaining * decode.chunk_ms
-        return (not decode.is_assigned, not overdue, work, at, decode.request.request_id)
+        name = decode.request.request_id
+        return (not decode.is_assigned, decode.is_coming, not overdue, work, at, name)
 
     pending = sorted((one for one in view.decodes if one.remaining), key=order)
-    is_overdue = bool(pending) and (
-        view.now - pending[0].request.latents_at > rule.max_decode_wait_s
-    )
-    return tuple(pending[:MAX_PLANNED_DECODES]), is_overdue and pending[0].is_assigned
+    must_grant = bool(pending) and pending[0].is_assigned and is_overdue(pending[0])
+    return tuple(pending[:MAX_PLANNED_DECODES]), must_grant

@@ -10,7 +10,6 @@ on: Python hooks would be lost where the UNet is run as a recorded graph (`unet_
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar
@@ -23,13 +22,8 @@ LAYERS = (torch.nn.Conv2d, torch.nn.LayerNorm)
 """Ahead of each a forward looks; no two are far from each other. By whole blocks it would be done
 too late: until the next one both sides together have more threads than there are cores."""
 
-TURN = 8
-"""So many looks a part goes on before it lets another one do as many."""
-
 _LOOK_AGAIN_S = 0.001
 """While a part waits: nobody tells it that the chunks are over."""
-
-_DONE = sys.maxsize
 
 _here = threading.local()
 
@@ -49,16 +43,27 @@ class GivingWay:
     def __init__(self, has_chunks_beside: Callable[[], bool]) -> None:
         self._has_chunks_beside = has_chunks_beside
         self._threads = self._threads_beside = 0
+        self._waiting_share: float | None = None
 
-    def run(self, call: Callable[[], T], *, threads: int, threads_beside: int) -> T:
+    def run(
+        self,
+        call: Callable[[], T],
+        *,
+        threads: int,
+        threads_beside: int,
+        waiting_share: float | None = None,
+    ) -> T:
         """The call's result; its forwards run on `threads`, or while chunks run on the others.
 
-        threads: those that are set already. threads_beside: 0 for no difference.
+        threads: those that are set already. threads_beside: 0 for no difference. waiting_share: of
+        the rows, from 0 to 1, in those parts of a forward that wait while chunks run; None for
+        parts all alike.
         """
         if not threads_beside:
             return call()
         self._threads = threads
         self._threads_beside = threads_beside
+        self._waiting_share = waiting_share
         GivingWay.running = self
         try:
             return call()
@@ -66,21 +71,34 @@ class GivingWay:
             GivingWay.running = None
             set_threads(threads)
 
-    def turns(self, num_parts: int, threads: int) -> Turns:
-        """Of a forward's parts, each on so many threads."""
+    def part_sizes(self, rows: int, num_parts: int) -> list[int]:
+        """Rows of each of a forward's parts, each on a thread; those that wait come last.
+
+        There are fewer parts where some would have no rows.
+        """
+        num_waiting = max(num_parts - self._threads_beside, 0)
+        if self._waiting_share is None or not num_waiting:
+            return even_sizes(rows, num_parts)
+        waiting = int(rows * self._waiting_share + 1e-6)
+        return even_sizes(rows - waiting, num_parts - num_waiting) + even_sizes(
+            waiting, num_waiting
+        )
+
+    def parts(self, num_parts: int, threads: int) -> Parts:
+        """Of a forward, each on so many threads."""
         num_beside = max(self._threads_beside // threads, 1)
-        return Turns(num_parts, num_beside, self._has_chunks_beside)
+        return Parts(num_parts, num_beside, self._has_chunks_beside)
 
     def look(self) -> None:
         """Set the threads by whether chunks run now."""
         set_threads(self._threads_beside if self._has_chunks_beside() else self._threads)
 
 
-class Turns:
-    """Parts of one forward that run side by side, and while chunks run only some at a time.
+class Parts:
+    """Parts of one forward that run side by side, and while chunks run only the first so many.
 
-    Those take turns, so that all stay at about the same layer. If always the same one waited, it
-    would be alone in the end, and leave the others' cores idle.
+    The others wait until the chunks are over or one of the first is done. Letting them take turns
+    instead costs as much as it evens out: each change wakes a thread, often on the chunks' core.
 
     Args:
         num_parts: Each on a thread of its own.
@@ -93,11 +111,11 @@ class Turns:
     ) -> None:
         self._num_beside = num_beside
         self._has_chunks_beside = has_chunks_beside
-        self._looks = [0] * num_parts
+        self._is_left = [True] * num_parts
         self._news = threading.Condition()
 
     @contextlib.contextmanager
-    def taken_by(self, part: int) -> Iterator[None]:
+    def running(self, part: int) -> Iterator[None]:
         """Meanwhile this thread runs that part, from its beginning to its end."""
         _here.look = lambda: self._look(part)
         try:
@@ -105,22 +123,22 @@ class Turns:
         finally:
             del _here.look
             with self._news:
-                self._looks[part] = _DONE
+                self._is_left[part] = False
                 self._news.notify_all()
 
     def _look(self, part: int) -> None:
-        """Wait while chunks run and as many parts as may go on are behind this one."""
-        self._looks[part] += 1
-        if self._looks[part] % TURN or not self._has_chunks_beside():
+        """Wait while chunks run and as many parts as may go on are ahead of this one."""
+        if part < self._num_beside or not self._has_chunks_beside():
             return
         with self._news:
-            self._news.notify_all()
-            while self._num_before(part) >= self._num_beside and self._has_chunks_beside():
+            while sum(self._is_left[:part]) >= self._num_beside and self._has_chunks_beside():
                 self._news.wait(_LOOK_AGAIN_S)
 
-    def _num_before(self, part: int) -> int:
-        own = (self._looks[part] // TURN, part)
-        return sum((looks // TURN, i) < own for i, looks in enumerate(self._looks))
+
+def even_sizes(rows: int, num_parts: int) -> list[int]:
+    """Rows of each of so many parts, as even as they can be; no part is empty."""
+    sizes = [rows // num_parts + (i < rows % num_parts) for i in range(num_parts)]
+    return [size for size in sizes if size]
 
 
 def set_threads(threads: int) -> None:

@@ -320,6 +320,7 @@ class UnetWorkerService:
             partial(run_isolated, self._denoiser.run, slot.rows),
             threads=slot.threads,
             threads_beside=slot.threads_beside if slot.threads else 0,
+            waiting_share=slot.waiting_share,
         )
         running = asyncio.ensure_future(self._compute.run(run, threads=slot.threads))
         if self._denoiser.draws_noise:

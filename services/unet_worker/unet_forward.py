@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from services.unet_worker.giving_way import GivingWay, Turns, set_threads
+from services.unet_worker.giving_way import GivingWay, Parts, even_sizes, set_threads
 
 _Inputs = tuple[torch.Tensor, ...]
 
@@ -80,15 +80,20 @@ class UnetForward:
         """All parts at once, the first in this thread; each on so many threads."""
         if self._helpers is None:
             self._helpers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="part")
-        parts = list(zip(*(one.tensor_split(num_parts) for one in inputs), strict=True))
         giving_way = GivingWay.running
-        turns = giving_way.turns(num_parts, threads) if giving_way else None
+        rows = len(inputs[0])
+        if giving_way and threads == 1:
+            sizes = giving_way.part_sizes(rows, num_parts)
+        else:
+            sizes = even_sizes(rows, num_parts)
+        parts = list(zip(*(torch.split(one, sizes) for one in inputs), strict=True))
+        order = giving_way.parts(len(parts), threads) if giving_way else None
         others = [
-            self._helpers.submit(_run_part, graph, part, threads, turns, i)
+            self._helpers.submit(_run_part, graph, part, threads, order, i)
             for i, part in enumerate(parts[1:], start=1)
         ]
         try:
-            first = _run_part(graph, parts[0], threads, turns, 0)
+            first = _run_part(graph, parts[0], threads, order, 0)
         finally:
             wait(others)
         return torch.cat([first, *(one.result() for one in others)])
@@ -116,10 +121,10 @@ class UnetForward:
 
 @torch.inference_mode()
 def _run_part(
-    graph: Any, inputs: _Inputs, threads: int, turns: Turns | None, number: int
+    graph: Any, inputs: _Inputs, threads: int, order: Parts | None, number: int
 ) -> torch.Tensor:
     set_threads(threads)
-    with turns.taken_by(number) if turns else contextlib.nullcontext():
+    with order.running(number) if order else contextlib.nullcontext():
         return graph(*inputs)  # type: ignore[no-any-return]
 
 

@@ -64,10 +64,6 @@ CHUNK_LEASE_NS = 2_000_000_000
 NEXT_CHUNK_NS = 2_000_000
 """And for so long after it, so that it doesn't take its cores back for the moment between two."""
 
-COMMIT_NS = 8_000_000
-"""For so long after a picture's last chunk: the file is made and committed then. A forward that is
-spread over all cores would wait for whichever of them does it."""
-
 
 @dataclass(slots=True, kw_only=True)
 class PendingGrant:
@@ -343,7 +339,7 @@ class VaeWorkerService:
             next(decode.chunks)
             finish_work(self._decoder.device)
         except StopIteration as end:
-            after_ns = COMMIT_NS
+            after_ns = 0
             image: torch.Tensor = end.value
             return image.float().cpu()
         finally:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from itertools import pairwise
 
 import pytest
 import torch
 
-from services.unet_worker.giving_way import TURN, GivingWay, Turns, watch
+from services.unet_worker.giving_way import GivingWay, Parts, even_sizes, watch
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -84,22 +82,20 @@ def test_without_threads_for_beside_nobody_asks_for_chunks() -> None:
 class Side:
     """One of a forward's parts: so many layers, counted as they are passed."""
 
-    def __init__(self, part: int, turns: Turns, num_layers: int, at_layer: Callable[[int], None]):
+    def __init__(self, part: int, parts: Parts, num_layers: int = 3):
         self.passed = 0
-        self._turns = turns
         self._part = part
+        self._parts = parts
         self._num_layers = num_layers
-        self._at_layer = at_layer
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         x = torch.zeros(1)
-        with self._turns.taken_by(self._part):
+        with self._parts.running(self._part):
             for _ in range(self._num_layers):
                 torch.ops.synerdiff.give_way(x)
                 self.passed += 1
-                self._at_layer(self._part)
 
     def join(self) -> None:
         self._thread.join(10)
@@ -114,49 +110,52 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return event
 
 
-def test_parts_take_turns_while_chunks_run(beside: threading.Event) -> None:
+def test_the_first_parts_go_on_beside_chunks_and_the_others_wait(beside: threading.Event) -> None:
     beside.set()
-    turns, seen = Turns(2, 1, beside.is_set), list[int]()
-
-    def at_layer(part: int) -> None:
-        seen.append(part)
-        time.sleep(0.0005)
-
-    sides = [Side(part, turns, 10 * TURN, at_layer) for part in (0, 1)]
-    for side in sides:
-        side.join()
-    lead = [abs(2 * seen[:i].count(0) - i) for i in range(len(seen))]
-    assert max(lead) <= 2 * TURN
-    changes = sum(a != b for a, b in pairwise(seen))
-    assert changes <= 4 * 10, "they run one at a time, not side by side"
-
-
-def test_a_part_that_waits_goes_on_once_the_chunks_are_over(beside: threading.Event) -> None:
-    beside.set()
-    turns = Turns(2, 1, beside.is_set)  # the other one never begins
-    side = Side(1, turns, 3 * TURN, lambda _: None)
+    parts = Parts(3, 2, beside.is_set)
+    waiting = Side(2, parts)
     time.sleep(0.05)
-    assert side.passed < TURN
+    assert not waiting.passed
     beside.clear()
-    side.join()
-    assert side.passed == 3 * TURN
+    waiting.join()
+    assert waiting.passed == 3
+
+
+def test_a_part_that_waits_takes_the_place_of_one_that_is_done(beside: threading.Event) -> None:
+    beside.set()
+    parts = Parts(2, 1, beside.is_set)
+    waiting = Side(1, parts)
+    time.sleep(0.05)
+    assert not waiting.passed
+    for side in (Side(0, parts), waiting):
+        side.join()
+        assert side.passed == 3
 
 
 def test_a_part_that_fails_keeps_nobody_waiting(beside: threading.Event) -> None:
     beside.set()
-    turns = Turns(2, 1, beside.is_set)
-    side = Side(1, turns, 3 * TURN, lambda _: None)
-    with pytest.raises(ValueError, match="no"), turns.taken_by(0):
+    parts = Parts(2, 1, beside.is_set)
+    side = Side(1, parts)
+    with pytest.raises(ValueError, match="no"), parts.running(0):
         raise ValueError("no")
     side.join()
-    assert side.passed == 3 * TURN
+    assert side.passed == 3
 
 
-def test_as_many_parts_go_on_as_there_are_threads_for(beside: threading.Event) -> None:
-    beside.set()
-    turns = Turns(3, 2, beside.is_set)  # the first never begins, the others may both go on
-    sides = [Side(part, turns, TURN, lambda _: None) for part in (1, 2)]
-    sides[0].join()
-    assert sides[0].passed == TURN
-    beside.clear()
-    sides[1].join()
+@pytest.mark.parametrize(
+    ("share", "sizes"),
+    [(None, [3, 2, 2, 2]), (0.0, [3, 3, 3]), (0.25, [3, 2, 2, 2]), (2 / 9, [3, 2, 2, 2])],
+)
+def test_parts_that_wait_come_last_and_have_their_share_of_the_rows(
+    share: float | None, sizes: list[int]
+) -> None:
+    giving_way = GivingWay(lambda: False)
+    found = giving_way.run(
+        lambda: giving_way.part_sizes(9, 4), threads=4, threads_beside=3, waiting_share=share
+    )
+    assert found == sizes
+
+
+def test_rows_are_split_as_even_as_can_be() -> None:
+    assert even_sizes(7, 3) == [3, 2, 2]
+    assert even_sizes(2, 3) == [1, 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -58,6 +59,17 @@ def test_an_overdue_decode_gets_chunks_though_the_budget_has_none() -> None:
     forced = solve(overdue)
     assert [option.chunks for option in forced.options] == [1, 0]
     assert not forced.is_feasible
+
+
+def test_chunks_that_come_later_are_planned_for_where_they_will_be() -> None:
+    slot = (Option(chunks=0, skips=0, ms=50.0), Option(chunks=2, skips=0, ms=52.0))
+    problem = Problem(
+        stages=(slot, slot, slot), remaining=(2,), budget_ms=200.0, tail_ms=30.0, tail_price=90.0
+    )
+    assert [option.chunks for option in solve(problem).options] == [2, 0, 0]
+    late = replace(problem, num_ready=1, all_ready_at=1)
+    assert [option.chunks for option in solve(late).options] == [0, 2, 0]
+    assert [option.chunks for option in greedy(late).options] == [0, 2, 0]
 
 
 def test_without_decodes_a_skip_is_taken_only_where_it_is_worth_its_price() -> None:

@@ -8,7 +8,7 @@ import pytest
 from scheduler_world import make_worker
 
 from services.scheduler.drift import ALONE, MAX_RATIO, WEIGHT, Drift
-from services.scheduler.durations import Durations
+from services.scheduler.durations import Durations, Shape
 from services.scheduler.profile import (
     DecodeTiming,
     Profile,
@@ -73,17 +73,46 @@ def test_a_slot_with_chunks_all_along_is_slower_than_one_with_a_few() -> None:
     assert profile.beside_ms("64x64", 8, kind) == pytest.approx(70.0)
 
 
-def test_a_slot_gives_way_only_while_chunks_run() -> None:
-    kind = SlotKind(unet_threads=1, vae_threads=1, chunks=2)
-    alone = SlotTiming(key="64x64", kind=SlotKind(unet_threads=1), step_ms={8: 60.0})
-    beside = SlotTiming(key="64x64", kind=kind, step_ms={8: 78.0}, chunks_ms={8: 78.0})
-    durations = Durations(replace(PROFILE, slots=(PROFILE.slots[0], alone, beside)))
-    assert durations.alone("64x64", 8) == (SlotKind(unet_threads=2), 39.0)
-    # At half of its speed for the 39 ms that a chunk takes.
-    assert durations.beside("64x64", 8, 1, 1.0) == (kind, pytest.approx(39.0 + 39.0 / 2))
-    assert durations.beside("64x64", 8, 2, 1.0) == (kind, pytest.approx(78.0))
-    # Then it is over, and the other chunks are beside the next one.
-    assert durations.beside("64x64", 8, 4, 1.0) == (kind, pytest.approx(156.0))
+@pytest.fixture
+def in_parts() -> Durations:
+    """Two threads, on each of which rows take 10 ms and 2 ms each; a chunk takes 8 ms."""
+    rows = (2, 4, 8, 16, 32)
+    both = SlotTiming(
+        key="64x64", kind=SlotKind(unet_threads=2), step_ms={n: 10.0 + n for n in rows}
+    )
+    one = SlotTiming(
+        key="64x64", kind=SlotKind(unet_threads=1), step_ms={n: 10.0 + 2 * n for n in rows}
+    )
+    beside = replace(
+        one,
+        kind=SlotKind(unet_threads=1, vae_threads=1, chunks=2),
+        chunks_ms=dict.fromkeys(rows, 16.0),
+    )
+    return Durations(replace(PROFILE, threads=2, slots=(both, one, beside)))
+
+
+def test_a_slot_of_parts_alike_waits_for_chunks_with_one_of_them(in_parts: Durations) -> None:
+    alone = in_parts.alone("64x64", 8)
+    assert (alone.ms, alone.shape) == (18.0, Shape(1, 0.5))
+    assert in_parts.beside("64x64", 8, 1, 1.0, shape=alone.shape).ms == pytest.approx(18 + 8)
+    # Once the others are done it has their place, beside the chunks.
+    assert in_parts.beside("64x64", 8, 2, 1.5, shape=alone.shape).ms == pytest.approx(18 + 18)
+
+
+def test_a_slot_that_chunks_will_be_beside_has_less_to_do_in_the_part_that_waits(
+    in_parts: Durations,
+) -> None:
+    found = in_parts.beside("64x64", 16, 2, 1.0)
+    # 12 rows meanwhile take 34 ms; 4 rows after 16 ms of chunks are done then, too.
+    assert (found.ms, found.shape) == (pytest.approx(34.0), Shape(1, 4 / 16))
+    assert in_parts.beside("64x64", 16, 2, 1.0, shape=Shape(1, 0.5)).ms == pytest.approx(26 + 16)
+
+
+def test_a_small_slot_beside_chunks_is_not_split_at_all(in_parts: Durations) -> None:
+    found = in_parts.beside("64x64", 4, 2, 1.0)
+    assert (found.ms, found.shape) == (pytest.approx(18.0), Shape(1, 0.0))
+    # Chunks that outlast it count until they are over.
+    assert in_parts.beside("64x64", 4, 4, 1.0).ms == pytest.approx(32.0)
 
 
 def test_a_profile_survives_its_file() -> None:

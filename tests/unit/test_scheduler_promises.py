@@ -113,6 +113,20 @@ def test_a_decode_that_comes_while_slots_are_in_flight_begins_beside_them() -> N
     assert {slot.threads_beside for slot in slots} == {1}, "they give way to whoever comes"
 
 
+def test_the_slot_behind_a_last_step_leaves_room_for_the_decode() -> None:
+    world = World(policy="synerdiff", profiles=(roomy_profile(),))
+    world.start_worker("unet", "unet-0")
+    world.start_worker("vae", "vae-0")
+    until_a_decode_comes(world)
+    slots = sent(world, messages.DenoiseSlot)
+    last = max(
+        i for i, slot in enumerate(slots) if any(row.request_id == "short" for row in slot.rows)
+    )
+    assert slots[last].waiting_share == 0.5, "nobody comes: all parts are alike"
+    assert slots[last + 1].kind == "beside"
+    assert slots[last + 1].waiting_share < 0.5
+
+
 def assert_nothing_ran_beside_a_slot(world: World) -> None:
     in_flight: set[int] = set()
     granted: set[str] = set()

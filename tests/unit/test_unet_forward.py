@@ -123,7 +123,7 @@ def test_a_failing_part_fails_the_forward_once_all_are_over(
     assert torch.get_num_threads() == 2
 
 
-def test_parts_give_way_together(model: DiffusionModel) -> None:
+def test_the_last_part_waits_for_chunks_and_the_result_is_the_same(model: DiffusionModel) -> None:
     inputs, asked_by = _inputs(model, 4), set()
 
     def has_chunks_beside() -> bool:
@@ -136,5 +136,23 @@ def test_parts_give_way_together(model: DiffusionModel) -> None:
             lambda: model.forward(*inputs), threads=2, threads_beside=1
         )
     assert torch.equal(noise, expected)
-    assert len(asked_by) == 2
+    assert len(asked_by) == 1
+    assert threading.get_ident() not in asked_by
     assert torch.get_num_threads() == 2
+
+
+def test_the_part_that_waits_for_chunks_is_the_smaller_one(
+    model: DiffusionModel, parts: Parts
+) -> None:
+    inputs, giving_way = _inputs(model, 4), GivingWay(lambda: False)
+    for share, expected in ((0.25, [3, 1]), (0.0, [4])):
+        parts.calls.clear()
+        with torch.inference_mode():
+            giving_way.run(
+                lambda: model.forward(*inputs),
+                threads=2,
+                threads_beside=1,
+                waiting_share=share,
+            )
+        assert sorted((call[0] for call in parts.calls), reverse=True) == expected
+        assert {call[1] for call in parts.calls} == {1}

@@ -110,14 +110,14 @@ class SynerDiff:
         in_gap = queue.grant(gap.chunks, is_gap=True)
         if in_gap:
             return Plan(grants=grants + in_gap, outlook=outlook, spends=(gap.ms, 0.0))
-        kind, beside_kind = window.kinds[slot.chunks], window.beside_kind(slot.chunks)
-        beside = queue.grant(slot.chunks, threads=kind.vae_threads, is_bound=True)
+        way = window.ways[slot.chunks, slot.skips]
+        beside = queue.grant(slot.chunks, threads=way.kind.vae_threads, is_bound=True)
         skipped = frozenset(one.request_id for one in islice(window.skippable, slot.skips))
         return Plan(
             rows=make_rows(requests, skipped),
-            threads=window.kinds[0].unet_threads,
-            threads_beside=beside_kind.unet_threads if beside_kind else 0,
-            kind=kind,
+            threads=window.ways[0, slot.skips].kind.unet_threads,
+            shape=way.shape,
+            kind=way.kind,
             grants=grants + beside,
             outlook=outlook,
             spends=(slot.ms, window.first_alone_ms),
@@ -146,8 +146,8 @@ def _beside_slots_in_flight(
     grants: list[Grant] = []
     for sent, option in zip(window.in_flight, solution.options, strict=False):
         if option.chunks:
-            kind = sent.kinds[option.chunks]
-            added = queue.grant(option.chunks, threads=kind.vae_threads, beside_seq=sent.slot.seq)
+            threads = sent.vae_threads[option.chunks]
+            added = queue.grant(option.chunks, threads=threads, beside_seq=sent.slot.seq)
             extra_ms = (option.ms - sent.base_ms) / max(len(added), 1)
             grants += [replace(one, extra_ms=extra_ms) for one in added]
     return tuple(grants)
@@ -218,6 +218,7 @@ def predict_stretches(view: GroupView) -> Stretches:
     own_rows = sum(one.rows for one in running) / len(running) if running else 2.0
     beyond = max(sum(one.rows for one in running) - knee, 0.0)
     unet = (view.num_waiting * own_rows + beyond) / knee
-    undone = sum(one.remaining / one.num_chunks for one in view.decodes)
+    pending = [one for one in view.decodes if not one.is_coming]
+    undone = sum(one.remaining / one.num_chunks for one in pending)
     share = max(1 - view.unet.threshold.value, MIN_DECODE_SHARE) if running else 1.0
     return Stretches(unet=unet, vae=undone / share if undone else 0.0)

@@ -1,15 +1,21 @@
-"""A simulated device: a forward and chunks in flight, each slowing the other."""
+"""A simulated device: a forward, chunks and commits in flight, each slowing the others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 from services.scheduler.simulation.clock import Clock
 from services.scheduler.simulation.rates import Rates
 
 FORWARD = "forward"
 """The owner of whatever the UNet worker has in flight."""
+
+WAITING = "waiting parts"
+"""Of the forward: they wait while chunks run, unless the forward's others are done."""
+
+_UNET = (FORWARD, WAITING)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -18,6 +24,8 @@ class _Job:
 
     rates: Rates
     on_done: Callable[[float], None]
+    threads: int
+    is_commit: bool
     left: float = 1.0
     elapsed_ms: float = 0.0
     version: int = 0
@@ -32,13 +40,15 @@ class Device:
 
     Args:
         clock: The simulation's.
+        cores: That commits take a share of; 0 for none.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, cores: int = 0) -> None:
         self.running_seq = -1
         self.unet_threads = 0
         self.vae_threads = 0
         self._clock = clock
+        self._cores = cores
         self._jobs: dict[str, _Job] = {}
         self._updated_at = clock.now
 
@@ -46,17 +56,46 @@ class Device:
         """Whether a worker has something in flight."""
         return owner in self._jobs
 
-    def begin(self, owner: str, rates: Rates, on_done: Callable[[float], None]) -> None:
-        """Something more is in flight. on_done: is told how many milliseconds it took."""
+    def begin(
+        self,
+        owner: str,
+        rates: Rates,
+        on_done: Callable[[float], None],
+        *,
+        threads: int,
+        is_commit: bool = False,
+    ) -> None:
+        """Something more is in flight.
+
+        on_done: is told how many milliseconds it took. is_commit: beside which rates stay as they
+        are, but cores are shared evenly where there are more threads.
+        """
         self._advance()
-        self._jobs[owner] = _Job(rates=rates, on_done=on_done)
+        self._jobs[owner] = _Job(rates=rates, on_done=on_done, threads=threads, is_commit=is_commit)
         self._schedule()
 
     def _duration_ms(self, owner: str) -> float:
         """Of the whole job, as long as nothing begins or ends."""
-        others = [name for name in self._jobs if (name == FORWARD) != (owner == FORWARD)]
         rates = self._jobs[owner].rates
-        return rates.beside_ms if others else rates.alone_ms
+        if self._waits(owner):
+            return inf
+        is_beside = (
+            self._has_chunks() if owner in _UNET else any(one in self._jobs for one in _UNET)
+        )
+        return (rates.beside_ms if is_beside else rates.alone_ms) * self._crowding()
+
+    def _has_chunks(self) -> bool:
+        return any(name not in _UNET and not job.is_commit for name, job in self._jobs.items())
+
+    def _waits(self, owner: str) -> bool:
+        return owner == WAITING and FORWARD in self._jobs and self._has_chunks()
+
+    def _crowding(self) -> float:
+        """Threads for each core while pictures are committed; nothing else has more than that."""
+        if not self._cores or not any(job.is_commit for job in self._jobs.values()):
+            return 1.0
+        threads = sum(job.threads for name, job in self._jobs.items() if not self._waits(name))
+        return max(threads / self._cores, 1.0)
 
     def _advance(self) -> None:
         """Bring what is in flight up to now, at the rates so far."""
@@ -71,6 +110,8 @@ class Device:
         for owner, job in self._jobs.items():
             job.version += 1
             left_ms = max(job.left, 0.0) * self._duration_ms(owner)
+            if left_ms == inf:
+                continue
             self._clock.after(
                 left_ms,
                 lambda o=owner, j=job, v=job.version: self._finish(o, j, v),  # type: ignore[misc]

@@ -2,17 +2,20 @@
 
 While a slot and a chunk are in flight together each goes at the rate that the profile's beside
 kinds give; alone, at its own. Where a profile knows nothing of a combination the two are taken to
-share the device evenly.
+share the device evenly: as many cores as there are among all threads.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
+from services.scheduler.durations import floor_share
 from services.scheduler.profile import DecodeTiming, Profile, SlotKind, interpolate
+from shared.messages import DenoiseSlot
 
 EVEN_SHARE = 2.0
-"""How much slower each of two goes that share a device of which nothing else is known."""
+"""How much slower each of two goes that share a device without cores to count."""
 
 THREAD_EXPONENT = 0.85
 """A step on 1/n of the threads takes n to this power as long, where that was not measured."""
@@ -39,16 +42,52 @@ def slot_rates(
     unet_threads_beside: int,
     vae_threads: int,
 ) -> Rates:
-    """Of a slot of so many rows. unet_threads_beside: while chunks run.
-
-    A slot that has fewer then was split over all of them, and its parts take turns on those left.
-    """
+    """Of a slot of so many rows. unet_threads_beside: while chunks run."""
     alone_ms = _alone_ms(profile, size, rows, unet_threads)
     kind = _beside_kind(profile, unet_threads_beside, vae_threads)
-    beside_ms = profile.beside_ms(size, rows, kind) if kind else EVEN_SHARE * alone_ms
-    if 0 < unet_threads_beside < unet_threads:
-        beside_ms = max(beside_ms, alone_ms * unet_threads / unet_threads_beside)
+    share = _even_share(profile, unet_threads_beside + vae_threads)
+    beside_ms = profile.beside_ms(size, rows, kind) if kind else share * alone_ms
     return Rates(alone_ms=alone_ms, beside_ms=max(beside_ms, alone_ms))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartRates:
+    """Of a slot's parts that go on beside chunks, and of those that wait; None for no such."""
+
+    going_on: Rates
+    waiting: Rates | None = None
+
+
+def part_rates(
+    profile: Profile, size: str, rows: int, *, slot: DenoiseSlot, vae_threads: int
+) -> PartRates:
+    """Of a slot of so many rows, which are split over its threads if it has fewer beside chunks."""
+    threads, left = slot.threads, slot.threads_beside or slot.threads
+    if left == threads or rows < threads:
+        rates = slot_rates(
+            profile,
+            size,
+            rows,
+            unet_threads=threads,
+            unet_threads_beside=left,
+            vae_threads=vae_threads,
+        )
+        return PartRates(going_on=rates)
+    waiting_rows = floor_share(rows, slot.waiting_share)
+
+    def rates_of(part_rows: int, part_threads: int) -> Rates:
+        """As fast as all threads are for as many rows on each."""
+        alone_ms = _alone_ms(profile, size, ceil(part_rows * threads / part_threads), threads)
+        kind = _beside_kind(profile, left, vae_threads)
+        as_many = ceil(part_rows * left / part_threads)
+        share = _even_share(profile, threads + vae_threads)
+        beside_ms = profile.beside_ms(size, as_many, kind) if kind else share * alone_ms
+        return Rates(alone_ms=alone_ms, beside_ms=max(beside_ms, alone_ms))
+
+    return PartRates(
+        going_on=rates_of(rows - waiting_rows, left),
+        waiting=rates_of(waiting_rows, threads - left) if waiting_rows else None,
+    )
 
 
 def chunk_rates(
@@ -66,11 +105,17 @@ def chunk_rates(
         chunk_ms *= (timing.threads / vae_threads) ** THREAD_EXPONENT
     kind = _beside_kind(profile, unet_threads, vae_threads)
     if kind is None:
-        return Rates(alone_ms=chunk_ms, beside_ms=EVEN_SHARE * chunk_ms)
+        share = _even_share(profile, unet_threads + vae_threads)
+        return Rates(alone_ms=chunk_ms, beside_ms=share * chunk_ms)
     _, chunks_ms = profile.slot_ms(size, profile.knee(size), kind)
     own = sum(timing.chunk_ms) / len(timing.chunk_ms)
     stretch = chunks_ms / kind.chunks / own
     return Rates(alone_ms=chunk_ms, beside_ms=max(at_best_ms * stretch, chunk_ms))
+
+
+def _even_share(profile: Profile, threads: int) -> float:
+    """How much slower so many threads go, or two sides where there are no cores to share."""
+    return max(threads / profile.threads, 1.0) if profile.threads and threads else EVEN_SHARE
 
 
 def _decode_by_threads(profile: Profile, size: str, threads: int) -> DecodeTiming | None:

@@ -79,7 +79,7 @@ class Simulation:
     def _add_group(self, group: str) -> None:
         """A UNet worker and the VAE workers beside it, on one device."""
         world = self._world
-        device = Device(world.clock)
+        device = Device(world.clock, world.profile.threads)
         info = unet_info(world.profile, group=group)
         vaes: list[SimulatedVae] = []
 

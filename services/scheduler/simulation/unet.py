@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from services.scheduler.simulation.arrivals import Arrival
-from services.scheduler.simulation.device import FORWARD, Device
-from services.scheduler.simulation.rates import Rates, slot_rates
+from services.scheduler.simulation.device import FORWARD, WAITING, Device
+from services.scheduler.simulation.rates import Rates, part_rates
 from services.scheduler.simulation.world import World
 from shared import messages
 from shared.guidance_skip import SKIP_LEVELS
@@ -95,13 +96,13 @@ class SimulatedUnet:
 
     def _begin(self) -> None:
         """Admissions go before slots."""
-        if self._device.is_busy(FORWARD):
+        if self._device.is_busy(FORWARD) or self._device.is_busy(WAITING):
             return
         if self._admissions:
             admit = self._admissions.popleft()
             encode_ms = max(self._world.profile.encode_ms, 1e-3)
             rates = Rates(alone_ms=encode_ms, beside_ms=encode_ms)
-            self._device.begin(FORWARD, rates, lambda _: self._admitted(admit))
+            self._device.begin(FORWARD, rates, lambda _: self._admitted(admit), threads=1)
         elif self._slots:
             self._begin_slot(self._slots.popleft())
 
@@ -122,24 +123,28 @@ class SimulatedUnet:
     def _begin_slot(self, slot: messages.DenoiseSlot) -> None:
         device, world = self._device, self._world
         device.running_seq = slot.seq
-        threads_beside = slot.threads_beside or slot.threads
-        device.unet_threads = threads_beside
+        device.unet_threads = slot.threads_beside or slot.threads
         rows = [row for row in slot.rows if self._is_held(row)]
         if not rows:
             self._end_slot(slot, [], 0.0)
             return
         num_rows = sum(self._num_rows(row) for row in rows)
-        rates = slot_rates(
-            world.profile,
-            world.key(rows[0].request_id),
-            num_rows,
-            unet_threads=slot.threads,
-            unet_threads_beside=threads_beside,
-            vae_threads=device.vae_threads,
-        )
+        size = world.key(rows[0].request_id)
+        rates = part_rates(world.profile, size, num_rows, slot=slot, vae_threads=device.vae_threads)
         world.log.slot(num_rows)
-        rates = world.vary(rates).longer_by(world.slot_overhead_ms)
-        device.begin(FORWARD, rates, lambda duration: self._end_slot(slot, rows, duration))
+        parts = {FORWARD: (rates.going_on, device.unet_threads)}
+        if rates.waiting:
+            parts[WAITING] = (rates.waiting, slot.threads - slot.threads_beside)
+        left = set(parts)
+
+        def end_part(name: str, duration_ms: float) -> None:
+            left.remove(name)
+            if not left:
+                self._end_slot(slot, rows, duration_ms)
+
+        for name, (part, threads) in parts.items():
+            varied = world.vary(part).longer_by(world.slot_overhead_ms)
+            device.begin(name, varied, partial(end_part, name), threads=threads)
         self._on_slot()
 
     def _is_held(self, row: messages.SlotRow) -> bool:

@@ -82,6 +82,7 @@ class SimulatedVae:
             self.info.incarnation,
             world.vary(rates),
             lambda duration: self._chunk_done(decode, duration),
+            threads=grant.threads,
         )
 
     def _chunk_done(self, decode: SimulatedDecode, duration_ms: float) -> None:
@@ -121,6 +122,8 @@ class SimulatedVae:
             f"{self.info.incarnation} commits {command.request_id}",
             Rates(alone_ms=commit_ms, beside_ms=commit_ms),
             lambda _: self._committed(command),
+            threads=1,
+            is_commit=True,
         )
 
     def _committed(self, command: messages.DecodeLatents) -> None:
