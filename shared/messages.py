@@ -369,13 +369,31 @@ class AdmitRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SlotShape:
+    """How a slot leaves room for decode chunks on its device.
+
+    threads_beside: its own while chunks run, as its pool's header tells; 0 for no difference.
+    waiting_share: of its rows, from 0 to 1, in parts that wait meanwhile.
+    """
+
+    threads_beside: int = 0
+    waiting_share: float = 0.0
+
+    def waiting_rows(self, rows: int) -> int:
+        """So many of the rows wait; rounded down, but for what sharing has rounded away."""
+        return int(rows * self.waiting_share + 1e-6)
+
+
+NO_ROOM = SlotShape()
+"""Of a slot that runs the same with chunks beside it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DenoiseSlot:
     """One batched UNet forward.
 
     kind: "alone" or "beside" (decode chunks run next to it). threads: for the compute thread, 0
-    leaves the library's default. threads_beside: while chunks run on its device, as its pool's
-    header tells; 0 for no difference. waiting_share: of the rows, from 0 to 1, in parts that wait
-    meanwhile.
+    leaves the library's default.
     """
 
     epoch: int
@@ -383,8 +401,7 @@ class DenoiseSlot:
     kind: str
     threads: int
     rows: tuple[SlotRow, ...]
-    threads_beside: int = 0
-    waiting_share: float = 0.0
+    shape: SlotShape = NO_ROOM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -289,8 +289,7 @@ class Dispatch:
             seq=self._next_seq,
             kind="beside" if plan.kind and plan.kind.chunks else "alone",
             threads=plan.threads,
-            threads_beside=plan.shape.threads_beside,
-            waiting_share=plan.shape.waiting_share,
+            shape=plan.shape,
             rows=plan.rows,
         )
         self._outbox.send(unet.info.incarnation, "work", slot)

@@ -13,23 +13,10 @@ from statistics import fmean
 from typing import NamedTuple
 
 from services.scheduler.profile import Profile, SlotKind
+from shared.messages import NO_ROOM, SlotShape
 
 WEIGHT_STEPS = 16
 """Chunk weights are taken in sixteenths, so that few of them differ."""
-
-
-class Shape(NamedTuple):
-    """How a slot leaves room for chunks: its threads while they run, and who waits meanwhile.
-
-    waiting_share: of the rows, in parts that wait; 0 where all go on.
-    """
-
-    threads_beside: int = 0
-    waiting_share: float = 0.0
-
-
-NO_ROOM = Shape()
-"""Of a slot that runs the same with chunks beside it."""
 
 
 class Timed(NamedTuple):
@@ -37,7 +24,7 @@ class Timed(NamedTuple):
 
     kind: SlotKind
     ms: float
-    shape: Shape = NO_ROOM
+    shape: SlotShape = NO_ROOM
 
 
 class Durations:
@@ -50,7 +37,7 @@ class Durations:
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
         self._alone: dict[tuple[str, int], Timed] = {}
-        self._beside: dict[tuple[str, int, int, float, Shape | None], Timed] = {}
+        self._beside: dict[tuple[str, int, int, float, SlotShape | None], Timed] = {}
         self._counts: dict[str, tuple[int, ...]] = {}
         self._chunk_ms: dict[str, float] = {}
 
@@ -65,7 +52,7 @@ class Durations:
         return found
 
     def beside(
-        self, size: str, rows: int, chunks: int, weight: float, *, shape: Shape | None = None
+        self, size: str, rows: int, chunks: int, weight: float, *, shape: SlotShape | None = None
     ) -> Timed:
         """The fastest slot of so many rows with chunks beside it, until both are over.
 
@@ -115,20 +102,23 @@ class Durations:
             self._chunk_ms[size] = fmean(decode.chunk_ms) if decode else 0.0
         return self._chunk_ms[size]
 
-    def _even_shape(self, size: str) -> Shape:
+    def _even_shape(self, size: str) -> SlotShape:
         """All parts alike; threads as beside as few chunks as any."""
         kind = min(self._profile.beside_kinds(size), key=lambda one: one.chunks, default=None)
         if kind is None:
             return NO_ROOM
         num_waiting = self._num_waiting(kind)
-        return Shape(kind.unet_threads, num_waiting / max(self._profile.threads, 1))
+        return SlotShape(
+            threads_beside=kind.unet_threads,
+            waiting_share=num_waiting / max(self._profile.threads, 1),
+        )
 
     def _num_waiting(self, kind: SlotKind) -> int:
         """Parts of a slot, one for each thread, that wait while the kind's chunks run."""
         return self._profile.threads - kind.unet_threads if kind.unet_threads else 0
 
     def _timed_beside(
-        self, size: str, rows: int, kind: SlotKind, chunks: float, shape: Shape | None
+        self, size: str, rows: int, kind: SlotKind, chunks: float, shape: SlotShape | None
     ) -> Timed:
         """By the rates of the kind on the same threads whose chunks overlap most: the surest."""
         split = (kind.unet_threads, kind.vae_threads)
@@ -145,16 +135,17 @@ class Durations:
         num_waiting = self._num_waiting(kind)
         if not num_waiting:
             ms = self._going_on_ms(size, rows, rows, longest, work_ms)
-            return Timed(kind, max(ms, work_ms), Shape(kind.unet_threads))
+            return Timed(kind, max(ms, work_ms), SlotShape(threads_beside=kind.unet_threads))
         if shape:
-            choice = [floor_share(rows, shape.waiting_share)]
+            choice = [shape.waiting_rows(rows)]
         else:
             choice = list(range(rows * num_waiting // self._profile.threads + 1))
         ms, waiting_rows = min(
             (self._in_parts_ms(size, rows, waiting, longest, work_ms), waiting)
             for waiting in choice
         )
-        return Timed(kind, ms, shape or Shape(kind.unet_threads, waiting_rows / rows))
+        chosen = SlotShape(threads_beside=kind.unet_threads, waiting_share=waiting_rows / rows)
+        return Timed(kind, ms, shape or chosen)
 
     def _in_parts_ms(
         self, size: str, rows: int, waiting_rows: int, kind: SlotKind, work_ms: float
@@ -176,8 +167,3 @@ class Durations:
         _, alone_ms, _ = self.alone(size, as_many_alone)
         beside_ms = max(self._profile.beside_ms(size, rows, kind), alone_ms)
         return alone_ms + min(work_ms, beside_ms) * (1 - alone_ms / beside_ms)
-
-
-def floor_share(rows: int, share: float) -> int:
-    """So many of the rows, rounded down."""
-    return int(rows * share + 1e-6)

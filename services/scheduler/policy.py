@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.scheduler.durations import NO_ROOM, Shape
 from services.scheduler.profile import SlotKind
 from services.scheduler.state import Outlook, Request, UnetWorker
 from services.scheduler.threshold import Threshold
-from shared.messages import SlotRow
+from shared.messages import NO_ROOM, SlotRow, SlotShape
 
 MAX_SLOTS_IN_FLIGHT = 2
 """One runs, one is queued behind it, so that the worker never waits for a message.
@@ -103,7 +102,7 @@ class Plan:
 
     rows: tuple[SlotRow, ...] = ()
     threads: int = 0
-    shape: Shape = NO_ROOM
+    shape: SlotShape = NO_ROOM
     kind: SlotKind | None = None
     grants: tuple[Grant, ...] = ()
     outlook: Outlook | None = None

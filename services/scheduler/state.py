@@ -12,11 +12,18 @@ from math import inf
 from typing import NamedTuple
 
 from services.scheduler.drift import Drift
-from services.scheduler.durations import NO_ROOM, Durations, Shape
+from services.scheduler.durations import Durations
 from services.scheduler.profile import Profile, SlotKind, make_key
 from services.scheduler.threshold import Threshold
 from shared.errors import IllegalTransitionError
-from shared.messages import GenerateImage, LatentsFinished, SlotRow, WorkerInfo
+from shared.messages import (
+    NO_ROOM,
+    GenerateImage,
+    LatentsFinished,
+    SlotRow,
+    SlotShape,
+    WorkerInfo,
+)
 
 
 class Stage(Enum):
@@ -200,7 +207,7 @@ class SlotInFlight:
     rows: tuple[SlotRow, ...]
     key: BatchKey
     kind: SlotKind | None = None
-    shape: Shape = NO_ROOM
+    shape: SlotShape = NO_ROOM
     num_rows: int = 0
     chunks: int = 0
 

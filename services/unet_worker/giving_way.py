@@ -16,6 +16,8 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from shared.messages import NO_ROOM, SlotShape
+
 T = TypeVar("T")
 
 LAYERS = (torch.nn.Conv2d, torch.nn.LayerNorm)
@@ -42,28 +44,17 @@ class GivingWay:
 
     def __init__(self, has_chunks_beside: Callable[[], bool]) -> None:
         self._has_chunks_beside = has_chunks_beside
-        self._threads = self._threads_beside = 0
-        self._waiting_share: float | None = None
+        self._threads = 0
+        self._shape = NO_ROOM
 
-    def run(
-        self,
-        call: Callable[[], T],
-        *,
-        threads: int,
-        threads_beside: int,
-        waiting_share: float | None = None,
-    ) -> T:
-        """The call's result; its forwards run on `threads`, or while chunks run on the others.
+    def run(self, call: Callable[[], T], *, threads: int, shape: SlotShape) -> T:
+        """The call's result; its forwards run on `threads`, and give way as the shape says.
 
-        threads: those that are set already. threads_beside: 0 for no difference. waiting_share: of
-        the rows, from 0 to 1, in those parts of a forward that wait while chunks run; None for
-        parts all alike.
+        threads: those that are set already.
         """
-        if not threads_beside:
+        if not shape.threads_beside:
             return call()
-        self._threads = threads
-        self._threads_beside = threads_beside
-        self._waiting_share = waiting_share
+        self._threads, self._shape = threads, shape
         GivingWay.running = self
         try:
             return call()
@@ -76,22 +67,22 @@ class GivingWay:
 
         There are fewer parts where some would have no rows.
         """
-        num_waiting = max(num_parts - self._threads_beside, 0)
-        if self._waiting_share is None or not num_waiting:
+        num_going_on = min(self._shape.threads_beside, num_parts)
+        if num_going_on == num_parts:
             return even_sizes(rows, num_parts)
-        waiting = int(rows * self._waiting_share + 1e-6)
-        return even_sizes(rows - waiting, num_parts - num_waiting) + even_sizes(
-            waiting, num_waiting
-        )
+        waiting_rows = self._shape.waiting_rows(rows)
+        going_on = even_sizes(rows - waiting_rows, num_going_on)
+        return going_on + even_sizes(waiting_rows, num_parts - num_going_on)
 
     def parts(self, num_parts: int, threads: int) -> Parts:
         """Of a forward, each on so many threads."""
-        num_beside = max(self._threads_beside // threads, 1)
+        num_beside = max(self._shape.threads_beside // threads, 1)
         return Parts(num_parts, num_beside, self._has_chunks_beside)
 
     def look(self) -> None:
         """Set the threads by whether chunks run now."""
-        set_threads(self._threads_beside if self._has_chunks_beside() else self._threads)
+        beside = self._has_chunks_beside()
+        set_threads(self._shape.threads_beside if beside else self._threads)
 
 
 class Parts:

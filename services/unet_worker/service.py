@@ -24,6 +24,7 @@ from shared.device import finish_work
 from shared.errors import ProtocolError, SynerDiffError
 from shared.logs import get_logger
 from shared.messages import (
+    NO_ROOM,
     AdmitRequest,
     BeginEpoch,
     DenoiseSlot,
@@ -319,8 +320,7 @@ class UnetWorkerService:
             self._giving_way.run,
             partial(run_isolated, self._denoiser.run, slot.rows),
             threads=slot.threads,
-            threads_beside=slot.threads_beside if slot.threads else 0,
-            waiting_share=slot.waiting_share,
+            shape=slot.shape if slot.threads else NO_ROOM,
         )
         running = asyncio.ensure_future(self._compute.run(run, threads=slot.threads))
         if self._denoiser.draws_noise:

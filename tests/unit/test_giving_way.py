@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from services.unet_worker.giving_way import GivingWay, Parts, even_sizes, watch
+from shared.messages import NO_ROOM, SlotShape
+
+EVEN = SlotShape(threads_beside=1, waiting_share=0.5)
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -31,7 +34,7 @@ class Watched(torch.nn.Module):
 
 def test_a_forward_gives_way_while_chunks_run_and_takes_its_threads_back() -> None:
     unet, chunks = Watched(), iter([False, True, False])
-    GivingWay(lambda: next(chunks)).run(unet, threads=2, threads_beside=1)
+    GivingWay(lambda: next(chunks)).run(unet, threads=2, shape=EVEN)
     assert unet.threads == [2, 1, 2]
 
 
@@ -47,7 +50,7 @@ def test_a_recorded_forward_gives_way_too() -> None:
         return True
 
     x = torch.randn(4, 2)
-    result = GivingWay(has_chunks_beside).run(lambda: graph(x), threads=2, threads_beside=1)
+    result = GivingWay(has_chunks_beside).run(lambda: graph(x), threads=2, shape=EVEN)
     assert threads == [2, 1, 1]
     torch.testing.assert_close(result, layers(x))
 
@@ -55,7 +58,7 @@ def test_a_recorded_forward_gives_way_too() -> None:
 def test_the_threads_are_those_of_before_once_it_is_over() -> None:
     unet = Watched()
     giving_way = GivingWay(lambda: True)
-    assert giving_way.run(lambda: unet() or "done", threads=2, threads_beside=1) == "done"
+    assert giving_way.run(lambda: unet() or "done", threads=2, shape=EVEN) == "done"
     assert unet.threads == [1, 1, 1]
     assert torch.get_num_threads() == 2
 
@@ -68,13 +71,13 @@ def test_they_are_those_of_before_after_a_failure_too() -> None:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        GivingWay(lambda: True).run(fail, threads=2, threads_beside=1)
+        GivingWay(lambda: True).run(fail, threads=2, shape=EVEN)
     assert torch.get_num_threads() == 2
 
 
 def test_without_threads_for_beside_nobody_asks_for_chunks() -> None:
     unet = Watched()
-    GivingWay(lambda: pytest.fail("asked")).run(unet, threads=2, threads_beside=0)
+    GivingWay(lambda: pytest.fail("asked")).run(unet, threads=2, shape=NO_ROOM)
     unet()
     assert unet.threads == [2] * 6
 
@@ -144,14 +147,16 @@ def test_a_part_that_fails_keeps_nobody_waiting(beside: threading.Event) -> None
 
 @pytest.mark.parametrize(
     ("share", "sizes"),
-    [(None, [3, 2, 2, 2]), (0.0, [3, 3, 3]), (0.25, [3, 2, 2, 2]), (2 / 9, [3, 2, 2, 2])],
+    [(0.0, [3, 3, 3]), (0.25, [3, 2, 2, 2]), (2 / 9, [3, 2, 2, 2])],
 )
 def test_parts_that_wait_come_last_and_have_their_share_of_the_rows(
-    share: float | None, sizes: list[int]
+    share: float, sizes: list[int]
 ) -> None:
     giving_way = GivingWay(lambda: False)
     found = giving_way.run(
-        lambda: giving_way.part_sizes(9, 4), threads=4, threads_beside=3, waiting_share=share
+        lambda: giving_way.part_sizes(9, 4),
+        threads=4,
+        shape=SlotShape(threads_beside=3, waiting_share=share),
     )
     assert found == sizes
 

@@ -8,7 +8,7 @@ import pytest
 from scheduler_world import make_worker
 
 from services.scheduler.drift import ALONE, MAX_RATIO, WEIGHT, Drift
-from services.scheduler.durations import Durations, Shape
+from services.scheduler.durations import Durations
 from services.scheduler.profile import (
     DecodeTiming,
     Profile,
@@ -19,6 +19,7 @@ from services.scheduler.profile import (
 )
 from services.scheduler.profile_file import format_profile, parse_profile
 from shared.errors import ConfigurationError
+from shared.messages import SlotShape
 from shared.profile_files import ChunkGranularity
 
 BESIDE = SlotKind(unet_threads=1, vae_threads=1, chunks=2)
@@ -73,6 +74,11 @@ def test_a_slot_with_chunks_all_along_is_slower_than_one_with_a_few() -> None:
     assert profile.beside_ms("64x64", 8, kind) == pytest.approx(70.0)
 
 
+def shape(waiting_share: float) -> SlotShape:
+    """Of a slot that one of two threads is left beside chunks."""
+    return SlotShape(threads_beside=1, waiting_share=waiting_share)
+
+
 @pytest.fixture
 def in_parts() -> Durations:
     """Two threads, on each of which rows take 10 ms and 2 ms each; a chunk takes 8 ms."""
@@ -93,7 +99,7 @@ def in_parts() -> Durations:
 
 def test_a_slot_of_parts_alike_waits_for_chunks_with_one_of_them(in_parts: Durations) -> None:
     alone = in_parts.alone("64x64", 8)
-    assert (alone.ms, alone.shape) == (18.0, Shape(1, 0.5))
+    assert (alone.ms, alone.shape) == (18.0, shape(0.5))
     assert in_parts.beside("64x64", 8, 1, 1.0, shape=alone.shape).ms == pytest.approx(18 + 8)
     # Once the others are done it has their place, beside the chunks.
     assert in_parts.beside("64x64", 8, 2, 1.5, shape=alone.shape).ms == pytest.approx(18 + 18)
@@ -104,13 +110,13 @@ def test_a_slot_that_chunks_will_be_beside_has_less_to_do_in_the_part_that_waits
 ) -> None:
     found = in_parts.beside("64x64", 16, 2, 1.0)
     # 12 rows meanwhile take 34 ms; 4 rows after 16 ms of chunks are done then, too.
-    assert (found.ms, found.shape) == (pytest.approx(34.0), Shape(1, 4 / 16))
-    assert in_parts.beside("64x64", 16, 2, 1.0, shape=Shape(1, 0.5)).ms == pytest.approx(26 + 16)
+    assert (found.ms, found.shape) == (pytest.approx(34.0), shape(4 / 16))
+    assert in_parts.beside("64x64", 16, 2, 1.0, shape=shape(0.5)).ms == pytest.approx(26 + 16)
 
 
 def test_a_small_slot_beside_chunks_is_not_split_at_all(in_parts: Durations) -> None:
     found = in_parts.beside("64x64", 4, 2, 1.0)
-    assert (found.ms, found.shape) == (pytest.approx(18.0), Shape(1, 0.0))
+    assert (found.ms, found.shape) == (pytest.approx(18.0), shape(0.0))
     # Chunks that outlast it count until they are over.
     assert in_parts.beside("64x64", 4, 4, 1.0).ms == pytest.approx(32.0)
 

@@ -110,7 +110,7 @@ def test_a_decode_that_comes_while_slots_are_in_flight_begins_beside_them() -> N
     (unet,) = world.core.unets.values()
     assert {grant.pool for grant in grants} == {unet.info.pool}
     slots = sent(world, messages.DenoiseSlot)
-    assert {slot.threads_beside for slot in slots} == {1}, "they give way to whoever comes"
+    assert {slot.shape.threads_beside for slot in slots} == {1}, "they give way to whoever comes"
 
 
 def test_the_slot_behind_a_last_step_leaves_room_for_the_decode() -> None:
@@ -122,9 +122,9 @@ def test_the_slot_behind_a_last_step_leaves_room_for_the_decode() -> None:
     last = max(
         i for i, slot in enumerate(slots) if any(row.request_id == "short" for row in slot.rows)
     )
-    assert slots[last].waiting_share == 0.5, "nobody comes: all parts are alike"
+    assert slots[last].shape.waiting_share == 0.5, "nobody comes: all parts are alike"
     assert slots[last + 1].kind == "beside"
-    assert slots[last + 1].waiting_share < 0.5
+    assert slots[last + 1].shape.waiting_share < 0.5
 
 
 def assert_nothing_ran_beside_a_slot(world: World) -> None:

@@ -15,10 +15,13 @@ from services.unet_worker.measure import zero_inputs
 from services.unet_worker.model import DiffusionModel, load_model
 from services.unet_worker.prepare import prepare_unet
 from services.unet_worker.slot import unet_inputs
+from shared.messages import SlotShape
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
 SIZE = (64, 64)
+
+EVEN = SlotShape(threads_beside=1, waiting_share=0.5)
 
 
 @pytest.fixture
@@ -133,7 +136,7 @@ def test_the_last_part_waits_for_chunks_and_the_result_is_the_same(model: Diffus
     with torch.inference_mode():
         expected = model.forward(*inputs)
         noise = GivingWay(has_chunks_beside).run(
-            lambda: model.forward(*inputs), threads=2, threads_beside=1
+            lambda: model.forward(*inputs), threads=2, shape=EVEN
         )
     assert torch.equal(noise, expected)
     assert len(asked_by) == 1
@@ -151,8 +154,7 @@ def test_the_part_that_waits_for_chunks_is_the_smaller_one(
             giving_way.run(
                 lambda: model.forward(*inputs),
                 threads=2,
-                threads_beside=1,
-                waiting_share=share,
+                shape=SlotShape(threads_beside=1, waiting_share=share),
             )
         assert sorted((call[0] for call in parts.calls), reverse=True) == expected
         assert {call[1] for call in parts.calls} == {1}

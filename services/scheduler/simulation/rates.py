@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from services.scheduler.durations import floor_share
 from services.scheduler.profile import DecodeTiming, Profile, SlotKind, interpolate
 from shared.messages import DenoiseSlot
 
@@ -62,7 +61,7 @@ def part_rates(
     profile: Profile, size: str, rows: int, *, slot: DenoiseSlot, vae_threads: int
 ) -> PartRates:
     """Of a slot of so many rows, which are split over its threads if it has fewer beside chunks."""
-    threads, left = slot.threads, slot.threads_beside or slot.threads
+    threads, left = slot.threads, slot.shape.threads_beside or slot.threads
     if left == threads or rows < threads:
         rates = slot_rates(
             profile,
@@ -73,7 +72,7 @@ def part_rates(
             vae_threads=vae_threads,
         )
         return PartRates(going_on=rates)
-    waiting_rows = floor_share(rows, slot.waiting_share)
+    waiting_rows = slot.shape.waiting_rows(rows)
 
     def rates_of(part_rows: int, part_threads: int) -> Rates:
         """As fast as all threads are for as many rows on each."""

@@ -123,7 +123,7 @@ class SimulatedUnet:
     def _begin_slot(self, slot: messages.DenoiseSlot) -> None:
         device, world = self._device, self._world
         device.running_seq = slot.seq
-        device.unet_threads = slot.threads_beside or slot.threads
+        device.unet_threads = slot.shape.threads_beside or slot.threads
         rows = [row for row in slot.rows if self._is_held(row)]
         if not rows:
             self._end_slot(slot, [], 0.0)
@@ -134,7 +134,7 @@ class SimulatedUnet:
         world.log.slot(num_rows)
         parts = {FORWARD: (rates.going_on, device.unet_threads)}
         if rates.waiting:
-            parts[WAITING] = (rates.waiting, slot.threads - slot.threads_beside)
+            parts[WAITING] = (rates.waiting, slot.threads - device.unet_threads)
         left = set(parts)
 
         def end_part(name: str, duration_ms: float) -> None:
