@@ -42,14 +42,28 @@ class Durations:
         self._chunk_ms: dict[str, float] = {}
 
     def alone(self, size: str, rows: int) -> Timed:
-        """The fastest slot of so many rows with nothing beside it; its shape fits latecomers."""
+        """The fastest slot of so many rows with nothing beside it."""
         found = self._alone.get((size, rows))
         if found is None:
             profile = self._profile
             kinds = [kind for kind in profile.kinds(size) if not kind.chunks]
             ms, kind = min((profile.slot_ms(size, rows, kind)[0], kind) for kind in kinds)
-            found = self._alone[(size, rows)] = Timed(kind, ms, self._even_shape(size))
+            found = self._alone[(size, rows)] = Timed(kind, ms)
         return found
+
+    def open_to_latecomers(self, size: str, rows: int) -> Timed:
+        """The same, in parts all alike, with room for as few chunks as any should they come."""
+        alone = self.alone(size, rows)
+        counts = self.chunk_counts(size)
+        if not counts:
+            return alone
+        kind = self.beside(size, rows, counts[0], 1.0).kind
+        num_waiting = self._num_waiting(kind)
+        shape = SlotShape(
+            threads_beside=kind.unet_threads,
+            waiting_share=num_waiting / max(self._profile.threads, 1),
+        )
+        return alone._replace(shape=shape)
 
     def beside(
         self, size: str, rows: int, chunks: int, weight: float, *, shape: SlotShape | None = None
@@ -102,20 +116,11 @@ class Durations:
             self._chunk_ms[size] = fmean(decode.chunk_ms) if decode else 0.0
         return self._chunk_ms[size]
 
-    def _even_shape(self, size: str) -> SlotShape:
-        """All parts alike; threads as beside as few chunks as any."""
-        kind = min(self._profile.beside_kinds(size), key=lambda one: one.chunks, default=None)
-        if kind is None:
-            return NO_ROOM
-        num_waiting = self._num_waiting(kind)
-        return SlotShape(
-            threads_beside=kind.unet_threads,
-            waiting_share=num_waiting / max(self._profile.threads, 1),
-        )
-
     def _num_waiting(self, kind: SlotKind) -> int:
         """Parts of a slot, one for each thread, that wait while the kind's chunks run."""
-        return self._profile.threads - kind.unet_threads if kind.unet_threads else 0
+        if not kind.unet_threads:
+            return 0
+        return max(self._profile.threads - kind.unet_threads, 0)
 
     def _timed_beside(
         self, size: str, rows: int, kind: SlotKind, chunks: float, shape: SlotShape | None

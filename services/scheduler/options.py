@@ -114,7 +114,9 @@ def slot_options(
     if decodes and durations.chunk_counts(size):
         counts = durations.chunk_counts(size) if rule.chunking else (decodes[0].remaining,)
     skips_on_offer = _skips_on_offer(times, batch, candidates, num_waiting)
-    ways = {(0, skips): durations.alone(size, rows - skips) for skips in skips_on_offer}
+    ways = {
+        (0, skips): durations.open_to_latecomers(size, rows - skips) for skips in skips_on_offer
+    }
     alone_ms = {skips: ways[0, skips].ms * alone for skips in skips_on_offer}
     options = _unbeaten(
         Option(chunks=0, skips=skips, ms=alone_ms[skips], price=price)
