@@ -247,16 +247,9 @@ class Dispatch:
             for request_id in vae.decodes
         ]
         if beside:
-            decodes += [
-                _decode(request, beside[0], unet, is_assigned=False)
-                for request in pending
-                if request.batch_key.model == unet.info.model_id
-            ]
-            decodes += [
-                _decode(request, beside[0], unet, is_assigned=False)
-                for request in residents
-                if request.has_latents_soon
-            ]
+            later = [one for one in pending if one.batch_key.model == unet.info.model_id]
+            later += [one for one in residents if one.has_latents_soon]
+            decodes += [_decode(one, beside[0], unet, is_assigned=False) for one in later]
         return GroupView(
             unet=unet, requests=residents, decodes=decodes, num_waiting=num_waiting, now=now
         )

@@ -37,6 +37,7 @@ class Durations:
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
         self._alone: dict[tuple[str, int], Timed] = {}
+        self._open: dict[tuple[str, int], Timed] = {}
         self._beside: dict[tuple[str, int, int, float, SlotShape | None], Timed] = {}
         self._counts: dict[str, tuple[int, ...]] = {}
         self._chunk_ms: dict[str, float] = {}
@@ -53,17 +54,19 @@ class Durations:
 
     def open_to_latecomers(self, size: str, rows: int) -> Timed:
         """The same, in parts all alike, with room for as few chunks as any should they come."""
-        alone = self.alone(size, rows)
-        counts = self.chunk_counts(size)
-        if not counts:
-            return alone
-        kind = self.beside(size, rows, counts[0], 1.0).kind
-        num_waiting = self._num_waiting(kind)
-        shape = SlotShape(
-            threads_beside=kind.unet_threads,
-            waiting_share=num_waiting / max(self._profile.threads, 1),
-        )
-        return alone._replace(shape=shape)
+        found = self._open.get((size, rows))
+        if found is None:
+            found = self.alone(size, rows)
+            counts = self.chunk_counts(size)
+            if counts:
+                kind = self.beside(size, rows, counts[0], 1.0).kind
+                shape = SlotShape(
+                    threads_beside=kind.unet_threads,
+                    waiting_share=self._num_waiting(kind) / max(self._profile.threads, 1),
+                )
+                found = found._replace(shape=shape)
+            self._open[(size, rows)] = found
+        return found
 
     def beside(
         self, size: str, rows: int, chunks: int, weight: float, *, shape: SlotShape | None = None

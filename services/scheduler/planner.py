@@ -57,7 +57,8 @@ class Problem:
     stages: each with an option that takes no chunk, and none is shorter. remaining: chunks left of
     each pending decode, in the order of service, all positive. budget_ms: for all stages together.
     tail_ms: at best for one chunk after the last stage. tail_price: of each chunk left then.
-    must_grant: an overdue decode: the first stage that offers chunks takes some.
+    must_grant: an overdue decode: the first stage that offers chunks takes some. num_ready: chunks
+    that are there from the beginning, None for all; the others come by the stage `all_ready_at`.
     """
 
     stages: tuple[tuple[Option, ...], ...]

@@ -61,8 +61,8 @@ class GroupView:
 
     requests: those at `unet`, in any order. decodes: those that are or will be at VAE workers that
     share its device, assigned ones first, each part oldest first, and last those of requests whose
-    last step is in flight or was just done. num_waiting: requests that wait
-    for admission, this worker's share of them. now: seconds since the Unix epoch.
+    last step is in flight or was just done. num_waiting: requests that wait for admission, this
+    worker's share of them. now: seconds since the Unix epoch.
     """
 
     unet: UnetWorker
@@ -96,8 +96,8 @@ class Plan:
     """The next slot's rows (none: no slot now) and threads, and grants.
 
     shape: how the slot leaves room for chunks. kind: the profile's kind of the slot, None where
-    none is known. outlook: what is promised, of policies that plan. spends:
-    (ms planned, ms alone) of this slot or gap, None for neither.
+    none is known. outlook: what is promised, of policies that plan. spends: (ms planned, ms alone)
+    of this slot or gap, None for neither.
     """
 
     rows: tuple[SlotRow, ...] = ()

@@ -74,6 +74,19 @@ def test_a_slot_with_chunks_all_along_is_slower_than_one_with_a_few() -> None:
     assert profile.beside_ms("64x64", 8, kind) == pytest.approx(70.0)
 
 
+def test_a_slot_that_is_not_split_gives_way_only_while_chunks_run() -> None:
+    kind = SlotKind(unet_threads=1, vae_threads=1, chunks=2)
+    alone = SlotTiming(key="64x64", kind=SlotKind(unet_threads=1), step_ms={8: 60.0})
+    beside = SlotTiming(key="64x64", kind=kind, step_ms={8: 78.0}, chunks_ms={8: 78.0})
+    durations = Durations(replace(PROFILE, threads=0, slots=(PROFILE.slots[0], alone, beside)))
+    assert durations.alone("64x64", 8)[:2] == (SlotKind(unet_threads=2), 39.0)
+    # At half of its speed for the 39 ms that a chunk takes.
+    assert durations.beside("64x64", 8, 1, 1.0)[:2] == (kind, pytest.approx(39.0 + 39.0 / 2))
+    assert durations.beside("64x64", 8, 2, 1.0)[:2] == (kind, pytest.approx(78.0))
+    # Then it is over, and the other chunks are beside the next one.
+    assert durations.beside("64x64", 8, 4, 1.0)[:2] == (kind, pytest.approx(156.0))
+
+
 def shape(waiting_share: float) -> SlotShape:
     """Of a slot that one of two threads is left beside chunks."""
     return SlotShape(threads_beside=1, waiting_share=waiting_share)

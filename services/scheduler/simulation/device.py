@@ -10,10 +10,10 @@ from services.scheduler.simulation.clock import Clock
 from services.scheduler.simulation.rates import Rates
 
 FORWARD = "forward"
-"""The owner of whatever the UNet worker has in flight."""
+"""The owner of what the UNet worker has in flight; of a slot in parts, of those that go on."""
 
 WAITING = "waiting parts"
-"""Of the forward: they wait while chunks run, unless the forward's others are done."""
+"""The owner of its other parts: they wait while chunks run, unless the first ones are done."""
 
 _UNET = (FORWARD, WAITING)
 

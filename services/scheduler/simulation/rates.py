@@ -32,60 +32,42 @@ class Rates:
         return Rates(alone_ms=self.alone_ms + ms, beside_ms=self.beside_ms + ms)
 
 
-def slot_rates(
-    profile: Profile,
-    size: str,
-    rows: int,
-    *,
-    unet_threads: int,
-    unet_threads_beside: int,
-    vae_threads: int,
-) -> Rates:
-    """Of a slot of so many rows. unet_threads_beside: while chunks run."""
-    alone_ms = _alone_ms(profile, size, rows, unet_threads)
-    kind = _beside_kind(profile, unet_threads_beside, vae_threads)
-    share = _even_share(profile, unet_threads_beside + vae_threads)
-    beside_ms = profile.beside_ms(size, rows, kind) if kind else share * alone_ms
-    return Rates(alone_ms=alone_ms, beside_ms=max(beside_ms, alone_ms))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PartRates:
+class SlotRates:
     """Of a slot's parts that go on beside chunks, and of those that wait; None for no such."""
 
     going_on: Rates
     waiting: Rates | None = None
 
 
-def part_rates(
+def slot_rates(
     profile: Profile, size: str, rows: int, *, slot: DenoiseSlot, vae_threads: int
-) -> PartRates:
+) -> SlotRates:
     """Of a slot of so many rows, which are split over its threads if it has fewer beside chunks."""
     threads, left = slot.threads, slot.shape.threads_beside or slot.threads
-    if left == threads or rows < threads:
-        rates = slot_rates(
-            profile,
-            size,
-            rows,
-            unet_threads=threads,
-            unet_threads_beside=left,
-            vae_threads=vae_threads,
-        )
-        return PartRates(going_on=rates)
-    waiting_rows = slot.shape.waiting_rows(rows)
+    kind = _beside_kind(profile, left, vae_threads)
 
-    def rates_of(part_rows: int, part_threads: int) -> Rates:
-        """As fast as all threads are for as many rows on each."""
-        alone_ms = _alone_ms(profile, size, ceil(part_rows * threads / part_threads), threads)
-        kind = _beside_kind(profile, left, vae_threads)
-        as_many = ceil(part_rows * left / part_threads)
-        share = _even_share(profile, threads + vae_threads)
-        beside_ms = profile.beside_ms(size, as_many, kind) if kind else share * alone_ms
+    def rates_of(alone_ms: float, rows_beside: int, threads_beside: int) -> Rates:
+        """Beside chunks as measured of so many rows on the threads left, or sharing the cores."""
+        if kind:
+            beside_ms = profile.beside_ms(size, rows_beside, kind)
+        else:
+            beside_ms = _even_share(profile, threads_beside + vae_threads) * alone_ms
         return Rates(alone_ms=alone_ms, beside_ms=max(beside_ms, alone_ms))
 
-    return PartRates(
-        going_on=rates_of(rows - waiting_rows, left),
-        waiting=rates_of(waiting_rows, threads - left) if waiting_rows else None,
+    if left == threads or rows < threads:
+        return SlotRates(going_on=rates_of(_alone_ms(profile, size, rows, threads), rows, left))
+
+    def rates_of_parts(part_rows: int, part_threads: int) -> Rates:
+        """As fast as all threads are for as many rows on each."""
+        as_many = ceil(part_rows * threads / part_threads)
+        alone_ms = _alone_ms(profile, size, as_many, threads)
+        return rates_of(alone_ms, ceil(part_rows * left / part_threads), threads)
+
+    waiting_rows = slot.shape.waiting_rows(rows)
+    return SlotRates(
+        going_on=rates_of_parts(rows - waiting_rows, left),
+        waiting=rates_of_parts(waiting_rows, threads - left) if waiting_rows else None,
     )
 
 

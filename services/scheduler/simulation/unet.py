@@ -9,7 +9,7 @@ from functools import partial
 
 from services.scheduler.simulation.arrivals import Arrival
 from services.scheduler.simulation.device import FORWARD, WAITING, Device
-from services.scheduler.simulation.rates import Rates, part_rates
+from services.scheduler.simulation.rates import Rates, slot_rates
 from services.scheduler.simulation.world import World
 from shared import messages
 from shared.guidance_skip import SKIP_LEVELS
@@ -130,7 +130,7 @@ class SimulatedUnet:
             return
         num_rows = sum(self._num_rows(row) for row in rows)
         size = world.key(rows[0].request_id)
-        rates = part_rates(world.profile, size, num_rows, slot=slot, vae_threads=device.vae_threads)
+        rates = slot_rates(world.profile, size, num_rows, slot=slot, vae_threads=device.vae_threads)
         world.log.slot(num_rows)
         parts = {FORWARD: (rates.going_on, device.unet_threads)}
         if rates.waiting:
