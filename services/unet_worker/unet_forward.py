@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from services.unet_worker.giving_way import GivingWay, Parts, even_sizes, set_threads
+from services.unet_worker.packed_weights import PackedWeights
 
 _Inputs = tuple[torch.Tensor, ...]
 
@@ -40,6 +41,7 @@ class UnetForward:
     def __init__(self, unet: Any) -> None:
         self.splits_rows = True
         self._call = _PositionalCall(unet)
+        self._weights = PackedWeights(unet)
         self._graphs: dict[torch.Size, Any] = {}
         self._threads = 0
         self._helpers: ThreadPoolExecutor | None = None
@@ -104,19 +106,27 @@ class UnetForward:
 
         It has to give exactly what the UNet gives. The UNet must not change from then on.
 
-        inputs: as for a call, two rows or more.
+        inputs: as for a call, two rows or more; their values don't matter.
         """
-        others = tuple(torch.cat([one, torch.ones_like(one[:1])]) for one in inputs)
+        inputs = tuple(torch.randn_like(one) for one in inputs)
+        packed = self._weights.in_use(lambda: self._call(*inputs))
+        graph = self._graph(inputs, packed) or self._graph(inputs, contextlib.nullcontext())
+        if graph:
+            self._graphs[inputs[0].shape[1:]] = graph
+        return graph is not None
+
+    def _graph(
+        self, inputs: _Inputs, weights: contextlib.AbstractContextManager[object]
+    ) -> Any | None:
+        """None if the UNet can't be recorded, or not for any number of rows."""
+        others = tuple(torch.randn_like(torch.cat([one, one[:1]])) for one in inputs)
         try:
-            with warnings.catch_warnings():
+            with weights, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of age, and for each Python condition on the way
                 graph = torch.jit.trace(self._call, inputs, check_trace=False)  # type: ignore[no-untyped-call]
-            is_same = torch.equal(graph(*others), self._call(*others))
-        except RuntimeError:  # an operation that can't be recorded, or not for any number of rows
-            return False
-        if is_same:
-            self._graphs[inputs[0].shape[1:]] = graph
-        return is_same
+            return graph if torch.equal(graph(*others), self._call(*others)) else None
+        except RuntimeError:
+            return None
 
 
 @torch.inference_mode()

@@ -1,0 +1,213 @@
+"""Weights laid out once as oneDNN's kernels read them, for recorded forwards on a CPU.
+
+PyTorch hands oneDNN weights as they are stored, and oneDNN lays them out anew in every call. That
+takes as long however few the rows are: a third of a row's forward. A call also costs some 20 us
+before it computes, so linear layers that are given the same input (the attention's projections of
+one map, those of the prompt in all blocks, those of the timestep) are one call. Either is used only
+where it gives the same to the bit. (But for a row alone in float32: for that, where there is one
+thread, PyTorch has convolutions of its own, which round differently.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+
+from services.unet_worker.giving_way import set_threads
+
+PROBED_ROWS: Final = (1, 2, 4, 8, 16, 32, 64)
+"""A convolution's kernel may want another layout for another number of rows or threads. It would be
+made in every call, by a routine that takes a hundred times as long; such a layer stays as it is."""
+
+_Layers = tuple[Any, ...]
+
+# What compiled graphs use, and has no other name. A script, since Python being recorded has no type
+# for the empty list of scalars in these calls.
+_ONEDNN = torch.jit.CompilationUnit("""
+def pack_convolution(weight, padding: List[int], stride: List[int], dilation: List[int],
+                     groups: int, size: List[int]):
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        weight, padding, stride, dilation, groups, size)
+
+def pack_linear(weight):
+    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+def layout(packed):
+    return torch.ops.mkldnn._get_mkldnn_serialized_md(packed)
+
+def convolution(x, weight, bias: Optional[Tensor], padding: List[int], stride: List[int],
+                dilation: List[int], groups: int):
+    scalars = torch.jit.annotate(List[Optional[number]], [])
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, padding, stride, dilation, groups, "none", scalars, "")
+
+def linear(x, weight, bias: Optional[Tensor]):
+    scalars = torch.jit.annotate(List[Optional[number]], [])
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", scalars, "")
+""")
+
+
+class PackedWeights:
+    """The packed weights of a model on a CPU, kept beside its own, which must not change any more.
+
+    Args:
+        model: Its layers are packed when they are first used.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._packed: dict[_Layers, torch.Tensor] = {}
+
+    @contextlib.contextmanager
+    def in_use(self, run: Callable[[], Any]) -> Iterator[int]:
+        """Meanwhile the model's layers compute with packed weights where that changes nothing.
+
+        run: calls the model with random inputs of the size that it will have meanwhile. Layers that
+            then have equal inputs are taken for layers that are given the same.
+
+        Yields:
+            The number of layers that do.
+        """
+        inputs = _inputs_of_layers(self._model, run)
+        replaced: list[Any] = []
+        try:
+            for layers in _given_the_same(inputs):
+                for call in self._usable(layers, inputs[layers[0]]):
+                    call.replace_forwards()
+                    replaced += call.layers
+            yield len(replaced)
+        finally:
+            for layer in replaced:
+                del layer.forward
+
+    def _usable(self, layers: _Layers, x: torch.Tensor) -> Iterator[_PackedCall]:
+        """One call for all of them, or calls for those which that works for alone."""
+        if (call := self._call(layers, x)) is not None:
+            yield call
+        elif len(layers) > 1:
+            for layer in layers:
+                yield from self._usable((layer,), x)
+
+    def _call(self, layers: _Layers, x: torch.Tensor) -> _PackedCall | None:
+        """None where it would not do, or not give the same, for inputs of x's size."""
+        try:
+            found = _pack(layers, x)
+            weight = self._packed.setdefault(layers, found[0])
+            if any(_layout(weight) != _layout(other) for other in found):
+                return None
+            call, sample = _PackedCall(layers, weight), torch.randn_like(x)
+            outputs = [(call(one, sample), one(sample)) for one in layers]
+        except RuntimeError:  # not on this CPU, or not with this dtype
+            return None
+        return call if all(itertools.starmap(torch.equal, outputs)) else None
+
+
+class _PackedCall:
+    """What some layers compute of one input. The first that is called does it for all.
+
+    layers: a convolution, or linear layers in the order in which they are called.
+    """
+
+    def __init__(self, layers: _Layers, weight: torch.Tensor) -> None:
+        self.layers = layers
+        self._weight = weight
+        biases = [one.bias for one in layers if one.bias is not None]
+        self._bias = torch.cat(biases) if biases else None
+        self._outputs: dict[torch.nn.Module, torch.Tensor] = {}
+
+    def replace_forwards(self) -> None:
+        """Deleting a layer's `forward` brings its own back."""
+        first = self.layers[0]
+        first.register_buffer("packed_weight", self._weight)  # for a graph, which holds no others
+        first.register_buffer("packed_bias", self._bias)
+        for layer in self.layers:
+            layer.forward = functools.partial(self, layer)
+
+    def __call__(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        if layer is self.layers[0]:
+            self._outputs = dict(zip(self.layers, self._compute(x), strict=True))
+        return self._outputs.pop(layer)
+
+    def _compute(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        first = self.layers[0]
+        weight, bias = self._weight, self._bias
+        if isinstance(first, torch.nn.Conv2d):
+            return [_ONEDNN.convolution(x, weight, bias, *_geometry(first))]
+        y = _ONEDNN.linear(x, weight, bias)
+        return torch.split(y, [one.out_features for one in self.layers], dim=-1)
+
+
+def _inputs_of_layers(
+    model: torch.nn.Module, run: Callable[[], Any]
+) -> dict[torch.nn.Module, torch.Tensor]:
+    """The layers that could be packed, in the order of their calls, with an input of each."""
+    inputs: dict[torch.nn.Module, torch.Tensor] = {}
+
+    def note(layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        inputs[layer] = args[0]
+
+    layers = [one for one in model.modules() if _is_convolution(one) or _is_linear(one)]
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return inputs
+
+
+def _given_the_same(inputs: Mapping[torch.nn.Module, torch.Tensor]) -> list[_Layers]:
+    """Linear layers with equal inputs together, if all or none have a bias; convolutions alone."""
+    groups: list[list[Any]] = []
+    for layer, x in inputs.items():
+        for group in groups if _is_linear(layer) else ():
+            first = group[0]
+            has_bias = (first.bias is None) == (layer.bias is None)
+            if _is_linear(first) and has_bias and torch.equal(inputs[first], x):
+                group.append(layer)
+                break
+        else:
+            groups.append([layer])
+    return [tuple(group) for group in groups]
+
+
+def _is_convolution(layer: torch.nn.Module) -> bool:
+    return type(layer) is torch.nn.Conv2d and layer.padding_mode == "zeros"
+
+
+def _is_linear(layer: torch.nn.Module) -> bool:
+    """In float32 they are not oneDNN's, which rounds differently."""
+    return type(layer) is torch.nn.Linear and layer.weight.dtype == torch.bfloat16
+
+
+def _pack(layers: _Layers, x: torch.Tensor) -> list[torch.Tensor]:
+    """Their weights as wanted for several numbers of rows and threads.
+
+    A linear layer's kernel takes the layout that it is given.
+    """
+    first, threads = layers[0], torch.get_num_threads()
+    if not isinstance(first, torch.nn.Conv2d):
+        return [_ONEDNN.pack_linear(torch.cat([one.weight for one in layers]))]
+    packed = []
+    try:
+        for num_threads in {1, threads}:
+            set_threads(num_threads)
+            for rows in PROBED_ROWS:
+                size = [rows, *x.shape[1:]]
+                packed.append(_ONEDNN.pack_convolution(first.weight, *_geometry(first), size))
+    finally:
+        set_threads(threads)
+    return packed
+
+
+def _geometry(layer: torch.nn.Conv2d) -> tuple[Any, ...]:
+    return layer.padding, layer.stride, layer.dilation, layer.groups
+
+
+def _layout(packed: torch.Tensor) -> bytes:
+    return bytes(_ONEDNN.layout(packed).tolist())
