@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+import uvloop
 from redis.asyncio import Redis
 
 from shared.errors import SynerDiffError
@@ -57,7 +58,8 @@ def run_service(
             await redis.aclose()
 
     try:
-        asyncio.run(serve())
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve())
     except SynerDiffError as error:
         log.error("stopped", error=str(error), code=error.code)  # noqa: TRY400 - it says all
         sys.exit(1)
