@@ -11,7 +11,7 @@ from running_services import num_done, stack
 from shared import metrics
 
 NUM_PICTURES = 24
-NUM_STEPS = 40
+NUM_STEPS = 100
 
 
 def forwards() -> float:
