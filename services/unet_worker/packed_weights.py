@@ -28,7 +28,7 @@ _Layers = tuple[Any, ...]
 
 # What compiled graphs use, and has no other name. A script, since Python being recorded has no type
 # for the empty list of scalars in these calls.
-_ONEDNN = torch.jit.CompilationUnit("""
+_SCRIPT = """
 def pack_convolution(weight, padding: List[int], stride: List[int], dilation: List[int],
                      groups: int, size: List[int]):
     return torch.ops.mkldnn._reorder_convolution_weight(
@@ -49,7 +49,13 @@ def convolution(x, weight, bias: Optional[Tensor], padding: List[int], stride: L
 def linear(x, weight, bias: Optional[Tensor]):
     scalars = torch.jit.annotate(List[Optional[number]], [])
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", scalars, "")
-""")
+"""
+
+
+@functools.cache
+def _onednn() -> Any:
+    """The functions above; RuntimeError where PyTorch was built without oneDNN."""
+    return torch.jit.CompilationUnit(_SCRIPT)
 
 
 class PackedWeights:
@@ -74,16 +80,16 @@ class PackedWeights:
             The number of layers that do.
         """
         inputs = _inputs_of_layers(self._model, run)
-        replaced: list[Any] = []
+        calls: list[_PackedCall] = []
         try:
             for layers in _given_the_same(inputs):
                 for call in self._usable(layers, inputs[layers[0]]):
                     call.replace_forwards()
-                    replaced += call.layers
-            yield len(replaced)
+                    calls.append(call)
+            yield sum(len(call.layers) for call in calls)
         finally:
-            for layer in replaced:
-                del layer.forward
+            for call in calls:
+                call.restore_forwards()
 
     def _usable(self, layers: _Layers, x: torch.Tensor) -> Iterator[_PackedCall]:
         """One call for all of them, or calls for those which that works for alone."""
@@ -96,15 +102,19 @@ class PackedWeights:
     def _call(self, layers: _Layers, x: torch.Tensor) -> _PackedCall | None:
         """None where it would not do, or not give the same, for inputs of x's size."""
         try:
-            found = _pack(layers, x)
-            weight = self._packed.setdefault(layers, found[0])
-            if any(_layout(weight) != _layout(other) for other in found):
+            weight = self._packed.get(layers)
+            if weight is None:
+                weight = _pack(layers, x)
+            if any(_layout(weight) != wanted for wanted in _layouts(layers[0], x)):
                 return None
             call, sample = _PackedCall(layers, weight), torch.randn_like(x)
             outputs = [(call(one, sample), one(sample)) for one in layers]
         except RuntimeError:  # not on this CPU, or not with this dtype
             return None
-        return call if all(itertools.starmap(torch.equal, outputs)) else None
+        if not all(itertools.starmap(torch.equal, outputs)):
+            return None
+        self._packed[layers] = weight
+        return call
 
 
 class _PackedCall:
@@ -121,12 +131,18 @@ class _PackedCall:
         self._outputs: dict[torch.nn.Module, torch.Tensor] = {}
 
     def replace_forwards(self) -> None:
-        """Deleting a layer's `forward` brings its own back."""
+        """Let the layers compute by this."""
         first = self.layers[0]
-        first.register_buffer("packed_weight", self._weight)  # for a graph, which holds no others
+        first.register_buffer("packed_weight", self._weight)  # a graph holds no other tensors
         first.register_buffer("packed_bias", self._bias)
         for layer in self.layers:
             layer.forward = functools.partial(self, layer)
+
+    def restore_forwards(self) -> None:
+        """Let them compute as before."""
+        del self.layers[0].packed_weight, self.layers[0].packed_bias
+        for layer in self.layers:
+            del layer.forward  # of the object; its class has the other
 
     def __call__(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
         if layer is self.layers[0]:
@@ -137,18 +153,21 @@ class _PackedCall:
         first = self.layers[0]
         weight, bias = self._weight, self._bias
         if isinstance(first, torch.nn.Conv2d):
-            return [_ONEDNN.convolution(x, weight, bias, *_geometry(first))]
-        y = _ONEDNN.linear(x, weight, bias)
+            return [_onednn().convolution(x, weight, bias, *_geometry(first))]
+        y = _onednn().linear(x, weight, bias)
         return torch.split(y, [one.out_features for one in self.layers], dim=-1)
 
 
 def _inputs_of_layers(
     model: torch.nn.Module, run: Callable[[], Any]
 ) -> dict[torch.nn.Module, torch.Tensor]:
-    """The layers that could be packed, in the order of their calls, with an input of each."""
+    """The layers that could be packed, each with its one input, in the order of their calls."""
     inputs: dict[torch.nn.Module, torch.Tensor] = {}
+    repeated = set()
 
     def note(layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        if layer in inputs:
+            repeated.add(layer)
         inputs[layer] = args[0]
 
     layers = [one for one in model.modules() if _is_convolution(one) or _is_linear(one)]
@@ -158,7 +177,7 @@ def _inputs_of_layers(
     finally:
         for hook in hooks:
             hook.remove()
-    return inputs
+    return {layer: x for layer, x in inputs.items() if layer not in repeated}
 
 
 def _given_the_same(inputs: Mapping[torch.nn.Module, torch.Tensor]) -> list[_Layers]:
@@ -185,24 +204,36 @@ def _is_linear(layer: torch.nn.Module) -> bool:
     return type(layer) is torch.nn.Linear and layer.weight.dtype == torch.bfloat16
 
 
-def _pack(layers: _Layers, x: torch.Tensor) -> list[torch.Tensor]:
-    """Their weights as wanted for several numbers of rows and threads.
+def _pack(layers: _Layers, x: torch.Tensor) -> torch.Tensor:
+    first = layers[0]
+    if isinstance(first, torch.nn.Conv2d):
+        return _pack_convolution(first, x, len(x))
+    weights = torch.cat([one.weight for one in layers])
+    packed: torch.Tensor = _onednn().pack_linear(weights)
+    return packed
 
-    A linear layer's kernel takes the layout that it is given.
+
+def _pack_convolution(layer: torch.nn.Conv2d, x: torch.Tensor, rows: int) -> torch.Tensor:
+    size = [rows, *x.shape[1:]]
+    packed: torch.Tensor = _onednn().pack_convolution(layer.weight, *_geometry(layer), size)
+    return packed
+
+
+def _layouts(layer: torch.nn.Module, x: torch.Tensor) -> Iterator[bytes]:
+    """What a convolution's kernels want for several numbers of rows and threads.
+
+    A linear layer's take what they are given.
     """
-    first, threads = layers[0], torch.get_num_threads()
-    if not isinstance(first, torch.nn.Conv2d):
-        return [_ONEDNN.pack_linear(torch.cat([one.weight for one in layers]))]
-    packed = []
+    if not isinstance(layer, torch.nn.Conv2d):
+        return
+    threads = torch.get_num_threads()
     try:
         for num_threads in {1, threads}:
             set_threads(num_threads)
             for rows in PROBED_ROWS:
-                size = [rows, *x.shape[1:]]
-                packed.append(_ONEDNN.pack_convolution(first.weight, *_geometry(first), size))
+                yield _layout(_pack_convolution(layer, x, rows))
     finally:
         set_threads(threads)
-    return packed
 
 
 def _geometry(layer: torch.nn.Conv2d) -> tuple[Any, ...]:
@@ -210,4 +241,4 @@ def _geometry(layer: torch.nn.Conv2d) -> tuple[Any, ...]:
 
 
 def _layout(packed: torch.Tensor) -> bytes:
-    return bytes(_ONEDNN.layout(packed).tolist())
+    return bytes(_onednn().layout(packed).tolist())

@@ -27,7 +27,7 @@ WIDTH = 32
 
 
 class Attention(torch.nn.Module):
-    """Three projections of one input, one of the next, one of which nothing else is known."""
+    """Three layers with a bias and one without are given the same, another what they make of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,6 +96,17 @@ def test_what_does_not_give_exactly_the_same_is_not_used() -> None:
     model.q.register_forward_hook(lambda *args: args[-1] + torch.rand(()))
     with PackedWeights(model).in_use(lambda: model(x)) as num_packed:
         assert num_packed == 4
+
+
+@needs_bfloat16
+@torch.inference_mode()
+def test_a_layer_that_is_called_twice_stays_as_it_is() -> None:
+    layer, x = torch.nn.Linear(WIDTH, WIDTH).bfloat16(), torch.randn(5, WIDTH).bfloat16()
+    model = torch.nn.Sequential(layer, torch.nn.SiLU(), layer)
+    expected = model(x)
+    with PackedWeights(model).in_use(lambda: model(x)) as num_packed:
+        assert num_packed == 0
+        assert torch.equal(model(x), expected)
 
 
 @torch.inference_mode()
