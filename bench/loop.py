@@ -25,6 +25,7 @@ from cli.private_stack import private_stack
 from cli.stack import EMBEDDED_MODEL, WORKER_ENVIRONMENT
 from services.unet_worker.denoiser import Denoiser, FinishedLatents
 from services.unet_worker.model import load_model
+from services.unet_worker.prepare import prepare_unet
 from services.vae_worker.chunked_decoder import Granularity, decode_chunks, plan_chunks
 from services.vae_worker.image_encoder import encode_image
 from services.vae_worker.model import load_decoder
@@ -74,6 +75,7 @@ class BareLoop:
     def __init__(self) -> None:
         torch.set_num_threads(available_threads())
         self._model = load_model(EMBEDDED_MODEL)
+        prepare_unet(self._model)
         self._decoder = load_decoder(EMBEDDED_MODEL)
         facts = self._model.facts
         self.size = (facts.default_height, facts.default_width)
