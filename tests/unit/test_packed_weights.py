@@ -23,7 +23,8 @@ pytestmark = pytest.mark.usefixtures("two_threads")
 needs_bfloat16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on this CPU"
 )
-WIDTH = 32
+WIDTH = 128
+"""Wide enough for a row alone to be oneDNN's."""
 
 
 class Attention(torch.nn.Module):
@@ -132,10 +133,10 @@ def test_forwards_are_the_same(
         for rows in (1, 2, 5, 16, 33, 70):
             inputs = _inputs(plain, rows)
             found, expected = packed.forward(*inputs), plain.forward(*inputs)
-            if dtype == "float32":  # a part of one row has another kernel there
-                assert_close(found, expected)
-            else:
+            if dtype == "float32":
                 assert torch.equal(found, expected)
+            else:  # this small model has sums that are rarely rounded to another neighbour
+                assert_close(found, expected, atol=0.03 * float(expected.std()), rtol=0)
 
 
 @needs_bfloat16
