@@ -70,6 +70,21 @@ PAIRS = Gauge(
     ["transport"],
     multiprocess_mode="mostrecent",
 )
+DEAD_LETTERS = Counter(
+    "synerdiff_dead_letters",
+    "Entries and keys that nobody could handle, by where they lay",
+    ["stream"],
+)
+DEAD_LETTERS_KEPT = Gauge(
+    "synerdiff_dead_letters_kept",
+    "Of these, how many are kept for a person to look at",
+    multiprocess_mode="mostrecent",
+)
+DEAD_LETTERS_BYTES = Gauge(
+    "synerdiff_dead_letters_kept_bytes",
+    "Memory that they take in Redis",
+    multiprocess_mode="mostrecent",
+)
 EPOCH = Gauge("synerdiff_epoch", "The scheduler's epoch", multiprocess_mode="mostrecent")
 
 # workers
