@@ -37,7 +37,7 @@ SOCKET_TIMEOUT_S = 10.0
 POOL_TIMEOUT_S = 30.0
 """How long a command waits for a free connection."""
 
-MAX_AHEAD_S = 2 * 86_400
+MAX_AHEAD_S = 366 * 86_400
 """An entry id further ahead of this process's clock was not given by the store: entries after it
 would have smaller ones, and be missed."""
 

@@ -414,6 +414,7 @@ class SchedulerService:
                 name: round(unet.threshold.value, 3) for name, unet in self._core.unets.items()
             },
             "profiles": {name: unet.profile.source for name, unet in self._core.unets.items()},
+            "capacity": self._core.capacity(),
             "unet_workers": len(self._core.unets),
             "vae_workers": len(self._core.vaes),
         }
