@@ -10,12 +10,16 @@ from typing import Protocol, TypeVar
 
 import uvloop
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from shared.errors import SynerDiffError
 from shared.logs import configure_logging, get_logger
 from shared.probe import serve_probe
 from shared.settings import ServiceSettings, load_settings
 from shared.streams import connect
+
+STOP_PATIENCE_S = 20.0
+"""How long a service that was told to stop still waits for a store that is full."""
 
 
 class Service(Protocol):
@@ -34,9 +38,16 @@ S = TypeVar("S", bound=ServiceSettings)
 
 
 def run_service(
-    name: str, settings_kind: type[S], make_service: Callable[[Redis, S], Service]
+    name: str,
+    settings_kind: type[S],
+    make_service: Callable[[Redis, S], Service],
+    *,
+    is_patient: bool = True,
 ) -> None:
-    """Read the settings, serve until SIGTERM or SIGINT, and exit: 0 if stopped, 1 on an error."""
+    """Read the settings, serve until SIGTERM or SIGINT, and exit: 0 if stopped, 1 on an error.
+
+    is_patient: whether it waits while the store is full or otherwise paused, as in `connect`.
+    """
     try:
         settings = load_settings(settings_kind)
     except SynerDiffError as error:
@@ -47,12 +58,17 @@ def run_service(
     serve_probe(settings.metrics_port)
 
     async def serve() -> None:
-        redis = connect(settings.redis_url)
+        redis = connect(settings.redis_url, is_patient=is_patient)
         try:
             service = make_service(redis, settings)
             loop = asyncio.get_running_loop()
+
+            def stop() -> None:
+                redis.patience.end_in(STOP_PATIENCE_S)
+                service.stop()
+
             for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, service.stop)
+                loop.add_signal_handler(number, stop)
             await service.run()
         finally:
             await redis.aclose()
@@ -60,6 +76,9 @@ def run_service(
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve())
+    except RedisError as error:
+        log.error("stopped", error=str(error), code="store_unavailable")  # noqa: TRY400 - it says all
+        sys.exit(1)
     except SynerDiffError as error:
         log.error("stopped", error=str(error), code=error.code)  # noqa: TRY400 - it says all
         sys.exit(1)

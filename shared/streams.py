@@ -45,7 +45,7 @@ MAX_BLOCK_MS = 1_000
 """Longest blocking read; a stop flag is noticed within it."""
 
 
-def connect(url: str, *, max_connections: int = 32, is_patient: bool = True) -> Redis:
+def connect(url: str, *, max_connections: int = 32, is_patient: bool = True) -> PatientRedis:
     """A client that rides out a server restart: every command is retried for about half a minute.
 
     Retrying is safe because every message is idempotent for its receiver. With all connections in

@@ -13,8 +13,8 @@ from redis.asyncio import Redis
 from bench.scheduler_load import EchoGroup
 from services.scheduler.profile_file import parse_profile
 from shared.messages import GenerateImage, ImageDecoded, WorkerInfo
-from shared.settings import SHIPPED_PROFILES
 from shared.records import Commit, JobRecord, Outcome, Records, RequestRecord, Retention
+from shared.settings import SHIPPED_PROFILES
 from shared.worker import WorkerLink
 
 PROFILE = parse_profile((SHIPPED_PROFILES / "assumed" / "a100-sd15.json").read_text())

@@ -16,7 +16,7 @@ log = get_logger()
 
 
 class DeadLetters:
-    """Follows the stream of dead letters from where it is now.
+    """Follows the stream of dead letters.
 
     Args:
         redis: The connection; the caller owns it.
@@ -24,17 +24,17 @@ class DeadLetters:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._position = ""
+        self._position = "0-0"
+
+    async def begin(self) -> None:
+        """What is there already has been counted."""
+        newest: Any = await self._redis.xrevrange(keys.DEAD_LETTERS, count=1)
+        self._position = newest[0][0].decode() if newest else "0-0"
 
     async def follow(self) -> None:
         """Count and log what is new, and show what is kept."""
-        if not self._position:
-            newest: Any = await self._redis.xrevrange(keys.DEAD_LETTERS, count=1)
-            self._position = newest[0][0].decode() if newest else "0"
         new: Any = await self._redis.xrange(
-            keys.DEAD_LETTERS,
-            min=f"({self._position}" if self._position != "0" else "-",
-            count=_BATCH,
+            keys.DEAD_LETTERS, min=f"({self._position}", count=_BATCH
         )
         for entry_id, fields in new:
             self._position = entry_id.decode()

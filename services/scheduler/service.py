@@ -62,6 +62,19 @@ STATUS_TTL_S = 5
 PAUSE_GRACE_S = 10.0
 """Workers that a paused store kept from their heartbeats have so long to catch up."""
 
+EXPECTED: Final = {
+    keys.REQUESTS: "XLEN",
+    keys.SCHEDULER: "XLEN",
+    keys.EVENTS: "XLEN",
+    keys.DEAD_LETTERS: "XLEN",
+    keys.WORKERS: "SCARD",
+    keys.PROFILES: "HLEN",
+    keys.FINISHED: "ZCARD",
+    keys.IMAGES: "ZCARD",
+    keys.IMAGE_SIZES: "HLEN",
+}
+"""A command that each key takes, and changes nothing: one of another type is parked by it."""
+
 KINDS: Final = {
     keys.REQUESTS: (GenerateImage,),
     keys.SCHEDULER: tuple(kind for kind in get_args(ToScheduler) if kind is not GenerateImage),
@@ -185,7 +198,9 @@ class SchedulerService:
         self._records = Records(self._redis, retention, epoch)
         self._registrations = Registrations(self._redis, self._writer)
         self._kept_profiles = KeptProfiles(self._redis, self._writer)
-        await self._mend_keys()
+        await self._mend_keys([keys.DEAD_LETTERS])
+        await self._dead_letters.begin()
+        await self._mend_keys(EXPECTED)
         await self._clock.look()
         self._core = Core(
             epoch=epoch,
@@ -203,19 +218,9 @@ class SchedulerService:
         await self._handle([WorkerRegistered(worker=worker) for worker in workers])
         log.info("epoch begun", epoch=epoch, open_requests=num_open, workers=len(workers))
 
-    async def _mend_keys(self) -> None:
-        """Park what is not of the type that everybody expects, by commands that change nothing."""
-        await self._writer.write(
-            ("XLEN", keys.REQUESTS),
-            ("XLEN", keys.SCHEDULER),
-            ("XLEN", keys.EVENTS),
-            ("XLEN", keys.DEAD_LETTERS),
-            ("SCARD", keys.WORKERS),
-            ("HLEN", keys.PROFILES),
-            ("ZCARD", keys.FINISHED),
-            ("ZCARD", keys.IMAGES),
-            ("HLEN", keys.IMAGE_SIZES),
-        )
+    async def _mend_keys(self, names: Iterable[str]) -> None:
+        """Park what is not of the type that everybody expects."""
+        await self._writer.write(*((EXPECTED[name], name) for name in names))
 
     async def _recover_requests(self) -> int:
         num_open = 0
@@ -391,7 +396,7 @@ class SchedulerService:
 
     async def _housekeep(self) -> None:
         await self._renew_lease()
-        await self._mend_keys()
+        await self._mend_keys(EXPECTED)
         await self._records.make_room()
         await self._clock.look()
         known = [*self._core.unets, *self._core.vaes]

@@ -5,9 +5,9 @@
 -- Returns 1 if it was introduced.
 local is_new = redis.call('EXISTS', KEYS[1]) == 0
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
--- Added at each beat: the set may have been lost, or parked for what it held.
-local is_listed = call('SADD', KEYS[2], ARGV[4]) == 0
-if not is_new and is_listed then return 0 end
+-- At each beat: the set may have been lost, or parked for what it held.
+call('SADD', KEYS[2], ARGV[4])
+-- So may the streams, which nobody else makes.
 for i = 4, 5 do
   if redis.call('EXISTS', KEYS[i]) == 0 then
     redis.call('XDEL', KEYS[i], redis.call('XADD', KEYS[i], '*', 'm', ''))

@@ -14,13 +14,14 @@ from echo_workers import echo_workers, request, submit, until_final
 from redis.asyncio import Redis
 
 from services.scheduler.service import SchedulerService
-from shared import codec, keys
+from shared import codec, keys, metrics
 from shared.messages import (
     DenoiseSlot,
     RequestFinished,
     RowReport,
     SlotDenoised,
 )
+from shared.records import Records
 from shared.settings import SchedulerSettings
 
 Poison = Callable[[Redis], Awaitable[Any]]
@@ -40,10 +41,10 @@ def queued(content: bytes, *, entry_id: str = "*", record: bool = True) -> Poiso
     """An entry in the request stream, and the record that a gateway would have made."""
 
     async def put(redis: Redis) -> None:
-        name = await redis.xadd(keys.REQUESTS, {"m": content}, id=entry_id)
         if record:
-            fields = {"state": "queued", "attempt": "", "entry": name, "submitted_at": "1"}
-            await redis.hset(keys.request("bad"), mapping={**fields, "request": content})
+            fields = {"state": "queued", "attempt": "", "submitted_at": "1", "request": content}
+            await redis.hset(keys.request("bad"), mapping=fields)
+        await redis.xadd(keys.REQUESTS, {"m": content}, id=entry_id)
 
     return put
 
@@ -69,9 +70,9 @@ def holds(key: str, value: Any) -> Poison:
 
 
 async def record_is_garbage(redis: Redis) -> None:
-    await queued(payload())(redis)
-    garbage = {"submitted_at": "zz", "request": b"\xff", "attempts": "zz"}
-    await redis.hset(keys.request("bad"), mapping=garbage)
+    garbage = {"state": "queued", "submitted_at": "zz", "request": b"\xff", "attempts": "zz"}
+    await redis.hset(keys.request("bad"), mapping={**garbage, "entry": "zz"})
+    await queued(payload(), record=False)(redis)
 
 
 async def record_is_a_string(redis: Redis) -> None:
@@ -80,23 +81,24 @@ async def record_is_a_string(redis: Redis) -> None:
 
 
 async def was_begun(redis: Redis) -> None:
-    await queued(payload())(redis)
-    await redis.hset(keys.request("bad"), mapping={"state": "running", "attempt": "7-1"})
+    fields = {"state": "running", "attempt": "7-1", "submitted_at": "1", "request": payload()}
+    await redis.hset(keys.request("bad"), mapping=fields)
+    await queued(payload(), record=False)(redis)
 
 
 async def resume_is_garbage(redis: Redis) -> None:
-    await was_begun(redis)
     await redis.hset(keys.resume("bad", "7-1"), "step", "zz")
+    await was_begun(redis)
 
 
 async def latents_are_garbage(redis: Redis) -> None:
-    await was_begun(redis)
     await redis.hset(keys.latents("bad", "7-1"), "m", b"\xff")
+    await was_begun(redis)
 
 
 async def latents_are_a_string(redis: Redis) -> None:
-    await was_begun(redis)
     await redis.set(keys.latents("bad", "7-1"), "x")
+    await was_begun(redis)
 
 
 async def registered(redis: Redis, content: bytes) -> None:
@@ -117,11 +119,11 @@ FAILS: dict[str, Poison] = {
     "parameters nested deeply": queued(
         codec.encode(BAD).replace(b"\xa9a red cat", b"\x91" * 900 + b"\xc0")
     ),
-    "a record that is garbage": record_is_garbage,
 }
 """These name their request, which fails with them."""
 
 NAMELESS: dict[str, Poison] = {
+    "a record that is garbage": record_is_garbage,
     "an entry that is no message": queued(b"\xff\x00", record=False),
     "an entry nested too deeply": queued(b"\x91" * 100_000 + b"\xc0", record=False),
     "an entry without a message": lambda redis: redis.xadd(keys.REQUESTS, {"x": "y"}),
@@ -209,3 +211,62 @@ async def test_the_scheduler_outlives(redis: Redis, name: str, when: str) -> Non
         service.stop()
         async with asyncio.timeout(20):
             await scheduler
+
+
+async def test_what_is_parked_is_counted_and_shown(redis: Redis) -> None:
+    before = metrics.DEAD_LETTERS.labels(stream=keys.REQUESTS)._value.get()
+    failed = metrics.REQUESTS_FINISHED.labels(state="failed")
+    failed_before = failed._value.get()
+    service = SchedulerService(redis, SchedulerSettings(recovery_s=0.3))
+    scheduler = asyncio.create_task(service.run())
+    try:
+        async with echo_workers(redis):
+            await submit(redis, request("first"))
+            await until_final(redis, "first")
+            await FAILS["a negative width"](redis)
+            await goes_on(redis, scheduler)
+            await asyncio.sleep(1.0)  # the next look
+    finally:
+        service.stop()
+        await scheduler
+    assert metrics.DEAD_LETTERS.labels(stream=keys.REQUESTS)._value.get() == before + 1
+    assert failed._value.get() == failed_before + 1
+    print(await redis.xrange(keys.DEAD_LETTERS))
+    assert metrics.DEAD_LETTERS_KEPT._value.get() == 1
+    assert metrics.DEAD_LETTERS_BYTES._value.get() > 0
+    [(_, letter)] = await redis.xrange(keys.DEAD_LETTERS)
+    assert b"width is -8" in letter[b"reason"]
+
+
+async def test_a_cancelled_request_is_counted(redis: Redis) -> None:
+    cancelled = metrics.REQUESTS_FINISHED.labels(state="cancelled")
+    before = cancelled._value.get()
+    service = SchedulerService(redis, SchedulerSettings(recovery_s=0.3))
+    scheduler = asyncio.create_task(service.run())
+    try:
+        async with asyncio.timeout(10):
+            while not await redis.exists(keys.STATUS):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        await submit(redis, request("a"))
+        assert await Records(redis).cancel("a", reason="gone")
+        async with asyncio.timeout(10):
+            while cancelled._value.get() == before:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+    finally:
+        service.stop()
+        await scheduler
+
+
+async def test_a_worker_that_died_while_no_scheduler_ran_is_forgotten(redis: Redis) -> None:
+    await redis.sadd(keys.WORKERS, "gone")
+    await redis.xadd(keys.work("gone"), {"m": ""})
+    service = SchedulerService(redis, SchedulerSettings(recovery_s=0.3))
+    scheduler = asyncio.create_task(service.run())
+    try:
+        async with asyncio.timeout(10):
+            while await redis.exists(keys.work("gone")):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        assert not await redis.sismember(keys.WORKERS, "gone")
+    finally:
+        service.stop()
+        await scheduler
