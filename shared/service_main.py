@@ -12,7 +12,7 @@ import uvloop
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from shared.errors import SynerDiffError
+from shared.errors import EXIT_CONFIGURATION, ConfigurationError, SynerDiffError
 from shared.logs import configure_logging, get_logger
 from shared.probe import serve_probe
 from shared.settings import ServiceSettings, load_settings
@@ -44,14 +44,17 @@ def run_service(
     *,
     is_patient: bool = True,
 ) -> None:
-    """Read the settings, serve until SIGTERM or SIGINT, and exit: 0 if stopped, 1 on an error.
+    """Read the settings, serve until SIGTERM or SIGINT, and exit.
 
-    is_patient: whether it waits while the store is full or otherwise paused, as in `connect`.
+    With 0 if stopped, with `EXIT_CONFIGURATION` where another start would fail alike, with 1 on any
+    other error. is_patient: whether it waits while the store is full or otherwise paused, as in
+    `connect`.
     """
     try:
         settings = load_settings(settings_kind)
     except SynerDiffError as error:
-        sys.exit(f"{name}: {error}")
+        print(f"{name}: {error}", file=sys.stderr)  # noqa: T201 - there is no log yet
+        sys.exit(EXIT_CONFIGURATION)
     configure_logging(service=name, log_format=settings.log_format, level=settings.log_level)
     log = get_logger()
     log.info("starting", settings=settings.model_dump(mode="json"))
@@ -81,5 +84,5 @@ def run_service(
         sys.exit(1)
     except SynerDiffError as error:
         log.error("stopped", error=str(error), code=error.code)  # noqa: TRY400 - it says all
-        sys.exit(1)
+        sys.exit(EXIT_CONFIGURATION if isinstance(error, ConfigurationError) else 1)
     log.info("stopped")

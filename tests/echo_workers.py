@@ -14,10 +14,13 @@ from bench.scheduler_load import EchoGroup
 from services.scheduler.profile_file import parse_profile
 from shared.messages import GenerateImage, ImageDecoded, WorkerInfo
 from shared.records import Commit, JobRecord, Outcome, Records, RequestRecord, Retention
-from shared.settings import SHIPPED_PROFILES
+from shared.settings import SHIPPED_PROFILES, SchedulerSettings
 from shared.worker import WorkerLink
 
-PROFILE = parse_profile((SHIPPED_PROFILES / "assumed" / "a100-sd15.json").read_text())
+_PROFILE_FILE = SHIPPED_PROFILES / "assumed" / "a100-sd15.json"
+PROFILE = parse_profile(_PROFILE_FILE.read_text())
+SETTINGS = SchedulerSettings(recovery_s=0.3, profiles=_PROFILE_FILE)
+"""Of a scheduler for them."""
 
 
 def request(request_id: str, **changes: object) -> GenerateImage:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from echo_workers import echo_workers, request, submit, until_final
+from echo_workers import SETTINGS, echo_workers, request, submit, until_final
 from redis.asyncio import Redis
 
 from services.scheduler.registrations import Registrations
@@ -14,7 +14,6 @@ from shared import keys
 from shared.errors import EpochEndedError
 from shared.messages import BeginEpoch, CommitRefused, ImageDecoded
 from shared.records import Commit, Outcome, Records, Retention
-from shared.settings import SchedulerSettings
 from shared.streams import Streams, Writer, script
 
 OLD, NEW = 5, 6
@@ -68,7 +67,7 @@ async def test_an_attempt_named_again_counts_once(redis: Redis) -> None:
 
 
 async def test_a_deposed_scheduler_ends_and_leaves_the_next_ones_lease(redis: Redis) -> None:
-    service = SchedulerService(redis, SchedulerSettings(recovery_s=0.3))
+    service = SchedulerService(redis, SETTINGS)
     scheduler = asyncio.create_task(service.run())
     async with asyncio.timeout(10):
         while not await redis.exists(keys.STATUS):  # noqa: ASYNC110
@@ -106,7 +105,7 @@ async def test_a_commit_that_lost_is_told_to_the_scheduler(redis: Redis) -> None
 
 async def test_a_request_that_is_final_already_is_given_up(redis: Redis) -> None:
     """Though the scheduler has not heard of it: the store refuses the attempt."""
-    service = SchedulerService(redis, SchedulerSettings(recovery_s=0.3))
+    service = SchedulerService(redis, SETTINGS)
     scheduler = asyncio.create_task(service.run())
     try:
         await submit(redis, request("a"))

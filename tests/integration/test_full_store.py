@@ -7,7 +7,7 @@ import os
 import time
 
 import pytest
-from echo_workers import echo_workers, request, submit, until_final
+from echo_workers import SETTINGS, echo_workers, request, submit, until_final
 from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError, ResponseError
 from redis_server import RedisServer
@@ -17,7 +17,6 @@ from shared import keys
 from shared.messages import ImageDecoded
 from shared.patience import Patience
 from shared.records import Commit, Outcome, Records
-from shared.settings import SchedulerSettings
 from shared.streams import Streams, connect
 
 REFUSED_FROM = 0.9
@@ -85,7 +84,7 @@ async def test_open_requests_stay_whatever_memory_there_is(redis: Redis) -> None
 async def test_work_that_is_open_ends_in_a_full_store_and_all_go_on_after_it(
     redis: Redis, redis_server: RedisServer
 ) -> None:
-    service = SchedulerService(redis, SchedulerSettings(recovery_s=0.3))
+    service = SchedulerService(redis, SETTINGS)
     scheduler = asyncio.create_task(service.run())
     client = connect(redis_server.url, is_patient=False)
     try:
@@ -143,7 +142,7 @@ async def test_dead_letters_are_bounded_by_bytes(redis: Redis) -> None:
 
 
 async def test_a_deadline_is_kept_by_the_stores_clock(redis: Redis) -> None:
-    service = SchedulerService(redis, SchedulerSettings(recovery_s=0.3))
+    service = SchedulerService(redis, SETTINGS)
     scheduler = asyncio.create_task(service.run())
     try:
         async with echo_workers(redis):

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from echo_workers import echo_workers, request, submit, until_final
+from echo_workers import SETTINGS, echo_workers, request, submit, until_final
 from redis.asyncio import Redis
 
 from services.scheduler.service import SchedulerService
@@ -22,7 +22,6 @@ from shared.messages import (
     SlotDenoised,
 )
 from shared.records import Records
-from shared.settings import SchedulerSettings
 
 Poison = Callable[[Redis], Awaitable[Any]]
 
@@ -192,7 +191,7 @@ async def goes_on(redis: Redis, scheduler: asyncio.Task[None]) -> None:
 @pytest.mark.parametrize("when", ["before the start", "while running"])
 @pytest.mark.parametrize("name", POISON)
 async def test_the_scheduler_outlives(redis: Redis, name: str, when: str) -> None:
-    service = SchedulerService(redis, SchedulerSettings(recovery_s=0.3))
+    service = SchedulerService(redis, SETTINGS)
     if when == "before the start":
         await POISON[name](redis)
     scheduler = asyncio.create_task(service.run())
@@ -217,7 +216,7 @@ async def test_what_is_parked_is_counted_and_shown(redis: Redis) -> None:
     before = metrics.DEAD_LETTERS.labels(stream=keys.REQUESTS)._value.get()
     failed = metrics.REQUESTS_FINISHED.labels(state="failed")
     failed_before = failed._value.get()
-    service = SchedulerService(redis, SchedulerSettings(recovery_s=0.3))
+    service = SchedulerService(redis, SETTINGS)
     scheduler = asyncio.create_task(service.run())
     try:
         async with echo_workers(redis):
@@ -231,7 +230,6 @@ async def test_what_is_parked_is_counted_and_shown(redis: Redis) -> None:
         await scheduler
     assert metrics.DEAD_LETTERS.labels(stream=keys.REQUESTS)._value.get() == before + 1
     assert failed._value.get() == failed_before + 1
-    print(await redis.xrange(keys.DEAD_LETTERS))
     assert metrics.DEAD_LETTERS_KEPT._value.get() == 1
     assert metrics.DEAD_LETTERS_BYTES._value.get() > 0
     [(_, letter)] = await redis.xrange(keys.DEAD_LETTERS)
@@ -241,7 +239,7 @@ async def test_what_is_parked_is_counted_and_shown(redis: Redis) -> None:
 async def test_a_cancelled_request_is_counted(redis: Redis) -> None:
     cancelled = metrics.REQUESTS_FINISHED.labels(state="cancelled")
     before = cancelled._value.get()
-    service = SchedulerService(redis, SchedulerSettings(recovery_s=0.3))
+    service = SchedulerService(redis, SETTINGS)
     scheduler = asyncio.create_task(service.run())
     try:
         async with asyncio.timeout(10):
@@ -260,7 +258,7 @@ async def test_a_cancelled_request_is_counted(redis: Redis) -> None:
 async def test_a_worker_that_died_while_no_scheduler_ran_is_forgotten(redis: Redis) -> None:
     await redis.sadd(keys.WORKERS, "gone")
     await redis.xadd(keys.work("gone"), {"m": ""})
-    service = SchedulerService(redis, SchedulerSettings(recovery_s=0.3))
+    service = SchedulerService(redis, SETTINGS)
     scheduler = asyncio.create_task(service.run())
     try:
         async with asyncio.timeout(10):
