@@ -24,6 +24,7 @@ from services.gateway.order import (
     limits_of,
     order_images,
 )
+from services.gateway.request_body import read_body
 from services.gateway.validation import GenerationBody, parse_body
 from shared.logs import get_logger
 from shared.records import Outcome, RequestRecord
@@ -47,7 +48,7 @@ async def generate(request: web.Request) -> web.StreamResponse:
             message=f"The 'Content-Type' is {request.content_type}. Allowed: application/json.",
             code="unsupported_media_type",
         )
-    body = parse_body(await request.read())
+    body = parse_body(await read_body(request))
     model = choose_model(body.model, gateway.fleet)
     order = order_images(
         body,
@@ -190,4 +191,4 @@ def _usage(order: ImageOrder) -> replies.Usage:
 def _owner(request: web.Request, body: GenerationBody) -> str:
     """Whose share of the service a request draws on: the named user's, or else the key's."""
     named = body.safety_identifier or body.user or request.headers.get("Authorization", "")
-    return hashlib.sha256(named.encode()).hexdigest()[:16] if named else ""
+    return hashlib.sha256(named.encode(errors="surrogateescape")).hexdigest()[:16] if named else ""
