@@ -43,6 +43,10 @@ class ApiError(Exception):
     can_retry: bool = True
     headers: Mapping[str, str] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        """Return the message."""
+        return self.message
+
     @property
     def detail(self) -> ErrorDetail:
         """The error object's inside."""

@@ -16,7 +16,7 @@ from services.gateway import replies
 from services.gateway.context import GATEWAY, REQUEST_ID, Gateway
 from services.gateway.generation import Submission
 from services.gateway.http_errors import ApiError, from_exception, unavailable
-from services.gateway.models_api import choose_model
+from services.gateway.models_api import check_is_served, check_store, choose_model
 from services.gateway.order import (
     ImageOrder,
     count_latent_positions,
@@ -49,7 +49,10 @@ async def generate(request: web.Request) -> web.StreamResponse:
             code="unsupported_media_type",
         )
     body = parse_body(await read_body(request))
-    model = choose_model(body.model, gateway.fleet)
+    now = time.monotonic()
+    check_store(gateway.fleet, now)
+    model = choose_model(body.model, gateway.fleet, default=gateway.settings.default_model)
+    check_is_served(model, gateway.fleet, now)
     order = order_images(
         body,
         limits_of(model.info, gateway.settings),

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 
 from redis.asyncio import Redis
 
+from services.gateway.admission import Patience
 from services.gateway.app import make_app
 from services.gateway.context import Gateway
 from services.gateway.events import EventBoard
-from services.gateway.fleet import FleetWatch
+from services.gateway.fleet_watch import FleetWatch
 from services.gateway.generation import Generation
 from services.gateway.http_server import HttpServer
 from shared.errors import ConfigurationError
@@ -33,13 +34,21 @@ class GatewayService:
     def __init__(self, redis: Redis, settings: GatewaySettings) -> None:
         records = Records(redis, retention=settings.retention)
         board = EventBoard(redis, records)
+        fleet_watch = FleetWatch(redis)
+        patience = Patience(max_wait_s=settings.wait_limit_s, timeout_s=settings.request_timeout_s)
         self._settings = settings
         self._gateway = Gateway(
             settings=settings,
             records=records,
             board=board,
-            fleet_watch=FleetWatch(redis),
-            generation=Generation(records, board, max_open=settings.max_open_requests),
+            fleet_watch=fleet_watch,
+            generation=Generation(
+                records,
+                board,
+                fleet_watch,
+                max_open=settings.max_open_requests,
+                patience=patience,
+            ),
         )
         self._stopping = asyncio.Event()
         self.url = ""

@@ -51,7 +51,6 @@ from shared.streams import Streams
 LEASE_MS = 2_000
 HOUSEKEEPING_S = 0.5
 PROGRESS_S = 0.1
-STATUS_TTL_S = 5
 
 UNET_STAGES = ("waiting", "encoding", "denoising")
 VAE_STAGES = ("latents", "decoding")
@@ -128,7 +127,7 @@ class SchedulerService:
             if not is_waiting:
                 log.info("another scheduler is in charge, waiting for its lease")
                 is_waiting = True
-            READINESS.renew(STATUS_TTL_S)
+            READINESS.renew(keys.STATUS_TTL_S)
             await asyncio.sleep(0.2)
         return False
 
@@ -301,8 +300,8 @@ class SchedulerService:
             "unet_workers": len(self._core.unets),
             "vae_workers": len(self._core.vaes),
         }
-        await self._redis.set(keys.STATUS, codec.encode_value(status), ex=STATUS_TTL_S)
-        READINESS.renew(STATUS_TTL_S)
+        await self._redis.set(keys.STATUS, codec.encode_value(status), ex=keys.STATUS_TTL_S)
+        READINESS.renew(keys.STATUS_TTL_S)
 
     def _show(self, stages: Counter[str]) -> None:
         """The gauges."""
