@@ -134,7 +134,7 @@ def wait_s(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
+class WaitLimits:
     """How long pictures may take to come, in seconds."""
 
     max_wait_s: float
@@ -143,7 +143,7 @@ class Patience:
     """After which a waiting client is answered with 504."""
 
 
-def check_admission(*, start_s: float, work_s: float, deadline_ms: int, patience: Patience) -> None:
+def check_admission(*, start_s: float, work_s: float, deadline_ms: int, limits: WaitLimits) -> None:
     """Let an order in, whole, or refuse it.
 
     With nothing ahead it is let in whatever it takes: nobody else could be served instead, and
@@ -153,19 +153,19 @@ def check_admission(*, start_s: float, work_s: float, deadline_ms: int, patience
         start_s: The time until what is ahead of it is done.
         work_s: What all its pictures take then.
         deadline_ms: As asked for; 0 for none.
-        patience: What holds for everybody.
+        limits: What holds for everybody.
 
     Raises:
         OverloadedError: It would come too late; says when it would be let in.
     """
-    answer_s = ANSWER_FRACTION * patience.timeout_s
+    answer_s = ANSWER_FRACTION * limits.timeout_s
     if deadline_ms:
         allowed_s = min(deadline_ms / 1000, answer_s)
         excess_s = start_s + work_s - allowed_s
         limit = f"deadline_ms is {deadline_ms}"
     else:
-        excess_s = max(start_s - patience.max_wait_s, start_s + work_s - answer_s)
-        limit = f"a request may wait {patience.max_wait_s:g} s"
+        excess_s = max(start_s - limits.max_wait_s, start_s + work_s - answer_s)
+        limit = f"a request may wait {limits.max_wait_s:g} s"
     if excess_s > 0 and start_s > 0:
         raise OverloadedError(
             f"{start_s:.1f} s of work are ahead of this one, which would take {work_s:.1f} s, "

@@ -14,7 +14,7 @@ from redis.exceptions import OutOfMemoryError, RedisError
 
 from services.gateway.admission import (
     Ledger,
-    Patience,
+    WaitLimits,
     check_admission,
     order_work_s,
     wait_s,
@@ -27,6 +27,8 @@ from shared.errors import OverloadedError
 from shared.logs import get_logger
 from shared.messages import GenerateImage
 from shared.records import JobRecord, Records, RequestRecord
+
+_CANCEL_AGAIN_S = 0.5
 
 log = get_logger()
 
@@ -48,7 +50,7 @@ class Generation:
         board: News of requests.
         fleet_watch: What the scheduler says of its backlog.
         max_open: At most so many requests without a final state.
-        patience: How long pictures may take to come.
+        limits: How long pictures may take to come.
     """
 
     def __init__(
@@ -58,13 +60,13 @@ class Generation:
         fleet_watch: FleetWatch,
         *,
         max_open: int,
-        patience: Patience,
+        limits: WaitLimits,
     ) -> None:
         self._records = records
         self._board = board
         self._fleet_watch = fleet_watch
         self._max_open = max_open
-        self._patience = patience
+        self._limits = limits
         self._ledger = Ledger()
         self._abandoned: asyncio.Queue[str] = asyncio.Queue()
 
@@ -115,7 +117,7 @@ class Generation:
             start_s=wait_s(capacity, capacities.written_at, accepted, now),
             work_s=work_s,
             deadline_ms=order.deadline_ms,
-            patience=self._patience,
+            limits=self._limits,
         )
         entry = self._ledger.add(model_id, work_s, now)
         try:
@@ -169,14 +171,16 @@ class Generation:
         return image
 
     async def run(self) -> None:
-        """Cancel what has been abandoned, for ever."""
+        """Cancel what has been abandoned, for ever; what the store does not take, again later."""
         while True:
             request_id = await self._abandoned.get()
             try:
                 if await self._records.cancel(request_id, reason="Nobody waits for it any more."):
                     log.info("cancelled", request_id=request_id)
             except (RedisError, OSError) as error:
-                log.warning("can't cancel", request_id=request_id, error=str(error))
+                log.warning("can't cancel yet", request_id=request_id, error=str(error))
+                self._abandoned.put_nowait(request_id)
+                await asyncio.sleep(_CANCEL_AGAIN_S)
             finally:
                 self._abandoned.task_done()
 

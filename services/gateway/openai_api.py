@@ -31,6 +31,7 @@ from shared.records import Outcome, RequestRecord
 
 HEARTBEAT_S = 2.0
 """Longest silence of a stream: clients and proxies see that it is alive."""
+_DEADLINE_SLACK_S = 1.0
 _RANDOM_SEED_BITS = 32
 """Random seeds fit into every client's integers, JavaScript's as well."""
 
@@ -70,7 +71,7 @@ async def generate(request: web.Request) -> web.StreamResponse:
 
 async def _answer(request: web.Request, gateway: Gateway, sent: Submission) -> web.Response:
     order = sent.order
-    async with asyncio.timeout(gateway.settings.request_timeout_s):
+    async with asyncio.timeout(_timeout_s(gateway, sent.order)):
         records = await gateway.generation.wait(sent)
     items: list[replies.ImageItem] = []
     for record in records:
@@ -113,7 +114,7 @@ async def _stream(request: web.Request, gateway: Gateway, sent: Submission) -> w
     )
     await response.prepare(request)
     try:
-        async with asyncio.timeout(gateway.settings.request_timeout_s):
+        async with asyncio.timeout(_timeout_s(gateway, sent.order)):
             while request_id in sent.watch.unfinished:
                 await response.write(_progress_comment(gateway, sent))
                 await _news(sent)
@@ -131,6 +132,14 @@ async def _stream(request: web.Request, gateway: Gateway, sent: Submission) -> w
         await response.write(f"data: {detail}\n\n".encode())
     await response.write_eof()
     return response
+
+
+def _timeout_s(gateway: Gateway, order: ImageOrder) -> float:
+    """How long a client waits: a deadline ends it, too, should the scheduler not have done so."""
+    timeout_s = gateway.settings.request_timeout_s
+    if not order.deadline_ms:
+        return timeout_s
+    return min(timeout_s, order.deadline_ms / 1000 + _DEADLINE_SLACK_S)
 
 
 async def _news(sent: Submission) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from redis.asyncio import Redis
 
-from services.gateway.admission import Patience
+from services.gateway.admission import WaitLimits
 from services.gateway.app import make_app
 from services.gateway.context import Gateway
 from services.gateway.events import EventBoard
@@ -35,7 +35,7 @@ class GatewayService:
         records = Records(redis, retention=settings.retention)
         board = EventBoard(redis, records)
         fleet_watch = FleetWatch(redis)
-        patience = Patience(max_wait_s=settings.wait_limit_s, timeout_s=settings.request_timeout_s)
+        limits = WaitLimits(max_wait_s=settings.wait_limit_s, timeout_s=settings.request_timeout_s)
         self._settings = settings
         self._gateway = Gateway(
             settings=settings,
@@ -47,7 +47,7 @@ class GatewayService:
                 board,
                 fleet_watch,
                 max_open=settings.max_open_requests,
-                patience=patience,
+                limits=limits,
             ),
         )
         self._stopping = asyncio.Event()

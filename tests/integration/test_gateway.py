@@ -308,6 +308,25 @@ async def test_a_request_that_takes_too_long_is_cancelled(backend, start_gateway
     await cancelled(backend, 2)
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_a_request_whose_deadline_is_over_is_cancelled(ready, backend, is_streamed) -> None:
+    body = {"prompt": "hold", "deadline_ms": 50, "stream": is_streamed}
+    async with ready.http.post(GENERATIONS, json=body) as response:
+        assert '"code":"timeout"' in await response.text()
+    await cancelled(backend, 1)
+
+
+async def test_what_can_not_be_cancelled_now_is_cancelled_later(ready, backend) -> None:
+    asking = asyncio.create_task(ready.http.post(GENERATIONS, json={"prompt": "hold"}))
+    await seen(backend, 1)
+    await backend.redis.config_set("min-replicas-to-write", 1)
+    asking.cancel()
+    await asyncio.sleep(0.5)
+    assert not backend.cancelled
+    await backend.redis.config_set("min-replicas-to-write", 0)
+    await cancelled(backend, 1)
+
+
 async def test_a_request_s_status_can_be_watched_and_the_request_be_cancelled(
     ready, backend
 ) -> None:

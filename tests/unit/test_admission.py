@@ -12,7 +12,7 @@ from services.gateway.admission import (
     Acceptance,
     Capacity,
     Ledger,
-    Patience,
+    WaitLimits,
     check_admission,
     order_work_s,
     read_capacities,
@@ -24,7 +24,7 @@ from shared.errors import OverloadedError
 from shared.settings import GatewaySettings
 
 CAPACITY = Capacity(backlog_ms=1_000.0, row_ms=4.0, decode_ms=20.0, overhead_ms=2.0)
-PATIENCE = Patience(max_wait_s=7.5, timeout_s=15.0)
+LIMITS = WaitLimits(max_wait_s=7.5, timeout_s=15.0)
 SECONDS = st.floats(0, 100)
 
 
@@ -34,11 +34,11 @@ def order(**fields: object) -> ImageOrder:
 
 
 def retry_after_s(
-    *, start_s: float, work_s: float, deadline_ms: int = 0, patience: Patience = PATIENCE
+    *, start_s: float, work_s: float, deadline_ms: int = 0, limits: WaitLimits = LIMITS
 ) -> float | None:
     """None if let in."""
     try:
-        check_admission(start_s=start_s, work_s=work_s, deadline_ms=deadline_ms, patience=patience)
+        check_admission(start_s=start_s, work_s=work_s, deadline_ms=deadline_ms, limits=limits)
     except OverloadedError as error:
         return error.retry_after_s
     return None
@@ -114,10 +114,8 @@ def test_with_nothing_ahead_any_order_is_let_in(work_s: float, deadline_ms: int)
 def test_who_waits_as_told_is_let_in_and_nobody_later_than_promised(
     start_s: float, work_s: float, deadline_ms: int, max_wait_s: float, timeout_s: float
 ) -> None:
-    patience = Patience(max_wait_s=max_wait_s, timeout_s=timeout_s)
-    retry_s = retry_after_s(
-        start_s=start_s, work_s=work_s, deadline_ms=deadline_ms, patience=patience
-    )
+    limits = WaitLimits(max_wait_s=max_wait_s, timeout_s=timeout_s)
+    retry_s = retry_after_s(start_s=start_s, work_s=work_s, deadline_ms=deadline_ms, limits=limits)
     if retry_s is None and start_s > 0:
         assert start_s + work_s <= ANSWER_FRACTION * timeout_s + 1e-6
         assert start_s + work_s <= deadline_ms / 1000 + 1e-6 or not deadline_ms
@@ -125,7 +123,7 @@ def test_who_waits_as_told_is_let_in_and_nobody_later_than_promised(
     if retry_s is not None:
         later_s = max(0.0, start_s - retry_s - 1e-6)
         again = retry_after_s(
-            start_s=later_s, work_s=work_s, deadline_ms=deadline_ms, patience=patience
+            start_s=later_s, work_s=work_s, deadline_ms=deadline_ms, limits=limits
         )
         assert again is None
 
