@@ -34,6 +34,13 @@ SCHEDULER_LEASE: Final = "sd:scheduler:lease"
 STATUS: Final = "sd:status"
 """msgpack map of the scheduler's queue figures. Rewritten every second; expires within seconds."""
 
+STATUS_TTL_S: Final = 5
+"""With how long to live `STATUS` is written; what is left of it tells its age by the store's clock.
+"""
+
+WRITE_PROBE: Final = "sd:gateway:probe"
+"""Nothing; written by gateways twice a second to see that Redis takes writes. Expires."""
+
 PROFILES: Final = "sd:profiles"
 """Hash of profiles measured while serving, as JSON, by model, dtype, device and threads. Written by
 the scheduler, read at its start; expires a week after the last."""

@@ -34,7 +34,7 @@ def is_pause(error: Exception) -> bool:
     return isinstance(error, ResponseError) and str(error).startswith(_PAUSES)
 
 
-class Patience:
+class StorePatience:
     """How long a client waits, and whether it does; its pipelines share it.
 
     is_patient: False raises what the store says at once.
@@ -87,7 +87,7 @@ class PatientRedis(Redis):
     A connection is held for the attempts only, so those that need no room go on meanwhile.
     """
 
-    patience = Patience(is_patient=True)
+    patience = StorePatience(is_patient=True)
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """As the base class."""
@@ -106,7 +106,7 @@ class PatientRedis(Redis):
 class PatientPipeline(Pipeline):
     """A transaction that is refused has done nothing, so the whole of it is given again."""
 
-    patience = Patience(is_patient=True)
+    patience = StorePatience(is_patient=True)
 
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
         """As the base class."""

@@ -29,7 +29,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from shared import codec, keys
 from shared.errors import EpochEndedError, ProtocolError
 from shared.messages import Message, RequestFinished
-from shared.patience import Patience, PatientRedis
+from shared.patience import PatientRedis, StorePatience
 
 SOCKET_TIMEOUT_S = 10.0
 """Above any BLOCK we use, or an idle blocking read would look like a dead server."""
@@ -65,7 +65,7 @@ def connect(url: str, *, max_connections: int = 32, is_patient: bool = True) -> 
     )
     client = PatientRedis(connection_pool=pool)
     client.auto_close_connection_pool = True
-    client.patience = Patience(is_patient=is_patient)
+    client.patience = StorePatience(is_patient=is_patient)
     return client
 
 

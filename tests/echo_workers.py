@@ -14,13 +14,15 @@ from bench.scheduler_load import EchoGroup
 from services.scheduler.profile_file import parse_profile
 from shared.messages import GenerateImage, ImageDecoded, WorkerInfo
 from shared.records import Commit, JobRecord, Outcome, Records, RequestRecord, Retention
-from shared.settings import SHIPPED_PROFILES, SchedulerSettings
+from shared.settings import SHIPPED_PROFILES, SchedulerSettings, WorkerSettings
+from shared.watchdog import Watchdog
 from shared.worker import WorkerLink
 
 _PROFILE_FILE = SHIPPED_PROFILES / "assumed" / "a100-sd15.json"
 PROFILE = parse_profile(_PROFILE_FILE.read_text())
 SETTINGS = SchedulerSettings(recovery_s=0.3, profiles=_PROFILE_FILE)
 """Of a scheduler for them."""
+_WORKER_SETTINGS = WorkerSettings(heartbeat_ttl_ms=3_000, drain_timeout_s=1.0)
 
 
 def request(request_id: str, **changes: object) -> GenerateImage:
@@ -60,9 +62,10 @@ async def echo_workers(
     """Both workers of a group, registered and at work until left."""
     group = EchoGroup(number, PROFILE)
     links = []
+    watchdog = Watchdog()
     async with asyncio.TaskGroup() as tasks:
         for info in (group.unet, group.vae):
-            link = WorkerLink(redis, info.incarnation, heartbeat_ttl_ms=3_000, drain_timeout_s=1.0)
+            link = WorkerLink(redis, info.incarnation, _WORKER_SETTINGS, watchdog)
             links.append(link)
             tasks.create_task(link.run(info))
             tasks.create_task(_serve(redis, link, group, info, image))
@@ -71,6 +74,7 @@ async def echo_workers(
         finally:
             for link in links:
                 link.stop()
+            watchdog.close()
 
 
 async def _serve(

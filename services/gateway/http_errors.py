@@ -43,6 +43,10 @@ class ApiError(Exception):
     can_retry: bool = True
     headers: Mapping[str, str] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        """Return the message."""
+        return self.message
+
     @property
     def detail(self) -> ErrorDetail:
         """The error object's inside."""
@@ -126,6 +130,12 @@ def from_exception(error: Exception) -> ApiError:
             )
         case web.HTTPException():
             answer = _from_http(error)
+        case web.RequestPayloadError():
+            answer = ApiError(
+                status=HTTPStatus.BAD_REQUEST,
+                message="The body is not framed as its headers say.",
+                code="malformed_http",
+            )
         case _:
             answer = ApiError(
                 status=HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -139,6 +149,7 @@ _HTTP_CODES = {
     HTTPStatus.NOT_FOUND: "not_found",
     HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "body_too_large",
+    HTTPStatus.EXPECTATION_FAILED: "expectation_failed",
 }
 
 
@@ -152,6 +163,8 @@ def _from_http(error: web.HTTPException) -> ApiError:
             message = f"{error.method} is not possible here. Allowed: {allowed}."
         case web.HTTPRequestEntityTooLarge():
             message = f"The body is too large. {error.text}"
+        case web.HTTPExpectationFailed():
+            message = "The 'Expect' is not known here. Allowed: 100-continue."
         case _:
             message = error.reason or "The request could not be served."
     return ApiError(

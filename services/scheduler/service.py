@@ -58,7 +58,6 @@ from shared.streams import Buried, Entry, Streams, Writer, script
 LEASE_MS = 2_000
 HOUSEKEEPING_S = 0.5
 PROGRESS_S = 0.1
-STATUS_TTL_S = 5
 PAUSE_GRACE_S = 10.0
 """Workers that a paused store kept from their heartbeats have so long to catch up."""
 
@@ -187,7 +186,7 @@ class SchedulerService:
             if not is_waiting:
                 log.info("another scheduler is in charge, waiting for its lease")
                 is_waiting = True
-            READINESS.renew(STATUS_TTL_S)
+            READINESS.renew(keys.STATUS_TTL_S)
             await asyncio.sleep(0.2)
         return 0
 
@@ -424,8 +423,8 @@ class SchedulerService:
             "vae_workers": len(self._core.vaes),
         }
         payload = codec.encode_value(status)
-        await self._writer.write(("SET", keys.STATUS, payload, "EX", STATUS_TTL_S))
-        READINESS.renew(STATUS_TTL_S)
+        await self._writer.write(("SET", keys.STATUS, payload, "EX", keys.STATUS_TTL_S))
+        READINESS.renew(keys.STATUS_TTL_S)
 
     def _show(self, stages: Counter[str]) -> None:
         """The gauges."""

@@ -15,7 +15,7 @@ from redis_server import RedisServer
 from services.scheduler.service import SchedulerService
 from shared import keys
 from shared.messages import ImageDecoded
-from shared.patience import Patience
+from shared.patience import StorePatience
 from shared.records import Commit, Outcome, Records
 from shared.streams import Streams, connect
 
@@ -121,7 +121,7 @@ async def test_a_disk_that_is_full_and_a_busy_server_are_waited_out(words: str) 
             raise answer
         return answer
 
-    patience = Patience(is_patient=True)
+    patience = StorePatience(is_patient=True)
     assert await patience.wait_for(attempt) == "taken"
     assert patience.seconds_since_pause() < 60
 

@@ -10,11 +10,12 @@ from typing import Any
 import openai
 import pytest
 import pytest_asyncio
-from fake_backend import MODEL, FakeBackend, paint
+from fake_backend import MODEL, FakeBackend, paint, write_status
 from gateways import RunningGateway
 from PIL import Image
 from redis_server import RedisServer
 
+from services.gateway.fleet_watch import LOOK_INTERVAL_S
 from services.gateway.order import limits_of, order_images
 from services.gateway.validation import GenerationBody
 from shared import keys
@@ -221,6 +222,55 @@ async def test_too_many_open_requests_are_told_when_to_come_back(backend, start_
     await gateway.openai.images.generate(prompt="one more")
 
 
+CAPACITY = {"row_ms": 100.0, "decode_ms": 100.0, "overhead_ms": 0.0}
+"""Ten guided steps take 2.1 s."""
+
+
+async def start_with_backlog(
+    start_gateway, backend: FakeBackend, backlog_ms: float, **settings: object
+) -> RunningGateway:
+    capacity = {"fake": {"backlog_ms": backlog_ms, **CAPACITY}}
+    await write_status(backend.redis, [], capacity=capacity, ttl_s=keys.STATUS_TTL_S)
+    gateway = await start_gateway(**settings)
+    await gateway.ready()
+    return gateway
+
+
+async def test_a_request_whose_turn_would_come_too_late_is_told_when_to_come_back(
+    backend, start_gateway
+) -> None:
+    gateway = await start_with_backlog(start_gateway, backend, 20_000, request_timeout_s=15)
+    body = {"prompt": "a cat", "num_inference_steps": 10}
+    async with gateway.http.post(GENERATIONS, json=body) as response:
+        assert response.status == 429
+        error = (await response.json())["error"]
+        assert (error["type"], error["code"]) == ("rate_limit_error", "overloaded")
+        assert 8_000 < int(response.headers["retry-after-ms"]) <= 12_500
+        assert response.headers["Retry-After"] in {"9", "10", "11", "12", "13"}
+    late = {**body, "deadline_ms": 10_000}
+    async with gateway.http.post(GENERATIONS, json=late) as response:
+        assert response.status == 429
+    assert not backend.seen
+
+
+async def test_what_was_accepted_since_the_scheduler_last_spoke_counts(
+    backend, start_gateway
+) -> None:
+    gateway = await start_with_backlog(start_gateway, backend, 0, max_wait_s=12)
+    body = {"prompt": "a cat", "num_inference_steps": 10}
+    answers = [await gateway.http.post(GENERATIONS, json=body | {"n": n}) for n in (1, 5, 1)]
+    assert [answer.status for answer in answers] == [200, 200, 429]
+    assert len(backend.seen) == 6
+
+
+async def test_an_idle_service_accepts_what_takes_long(backend, start_gateway) -> None:
+    gateway = await start_with_backlog(start_gateway, backend, 0, max_wait_s=0)
+    reply = await gateway.openai.images.generate(
+        prompt="a cat", n=3, extra_body={"num_inference_steps": 150}
+    )
+    assert len(reply.data) == 3
+
+
 @pytest.mark.parametrize("is_streamed", [False, True])
 async def test_a_client_that_goes_away_cancels_its_requests(ready, backend, is_streamed) -> None:
     body = {"prompt": "hold", "n": 1 if is_streamed else 2, "stream": is_streamed}
@@ -256,6 +306,25 @@ async def test_a_request_that_takes_too_long_is_cancelled(backend, start_gateway
     with pytest.raises(openai.APIError, match="in time"):
         [event async for event in stream]
     await cancelled(backend, 2)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_a_request_whose_deadline_is_over_is_cancelled(ready, backend, is_streamed) -> None:
+    body = {"prompt": "hold", "deadline_ms": 50, "stream": is_streamed}
+    async with ready.http.post(GENERATIONS, json=body) as response:
+        assert '"code":"timeout"' in await response.text()
+    await cancelled(backend, 1)
+
+
+async def test_what_can_not_be_cancelled_now_is_cancelled_later(ready, backend) -> None:
+    asking = asyncio.create_task(ready.http.post(GENERATIONS, json={"prompt": "hold"}))
+    await seen(backend, 1)
+    await backend.redis.config_set("min-replicas-to-write", 1)
+    asking.cancel()
+    await asyncio.sleep(0.5)
+    assert not backend.cancelled
+    await backend.redis.config_set("min-replicas-to-write", 0)
+    await cancelled(backend, 1)
 
 
 async def test_a_request_s_status_can_be_watched_and_the_request_be_cancelled(
@@ -377,6 +446,38 @@ async def test_admission_stops_before_the_store_is_full(ready, backend) -> None:
     with pytest.raises(openai.InternalServerError) as caught:
         await ready.openai.images.generate(prompt="a cat")
     assert (caught.value.status_code, caught.value.code) == (503, "store_full")
+
+
+async def test_a_store_that_refuses_writes_is_told_and_recovers(ready, backend) -> None:
+    await backend.redis.config_set("min-replicas-to-write", 1)
+
+    async def look() -> str:
+        return " ".join(await reasons(ready)).partition(":")[0]
+
+    await eventually(look, "Redis refuses to write")
+    with pytest.raises(openai.InternalServerError) as caught:
+        await ready.openai.images.generate(prompt="a cat")
+    assert (caught.value.status_code, caught.value.code) == (503, "store_unavailable")
+    assert caught.value.response.headers["Retry-After"] == "5"
+    assert await status_of(ready, "/healthz") == 200
+    await backend.redis.config_set("min-replicas-to-write", 0)
+    await ready.ready()
+    assert len((await ready.openai.images.generate(prompt="a cat")).data) == 1
+
+
+@pytest.mark.parametrize("key", [keys.STATUS, keys.WORKERS])
+async def test_what_makes_no_sense_in_the_store_does_not_end_the_gateway(
+    ready, backend, key
+) -> None:
+    if key == keys.WORKERS:
+        await backend.redis.sadd(key, b"\xff\xfe", b"x")
+        await backend.redis.set(keys.worker("x"), b"\xc1")
+    else:
+        await backend.redis.set(key, b"\xc1")
+        await eventually(lambda: reasons(ready), ["no scheduler is alive"])
+    assert len((await ready.openai.images.generate(prompt="a cat")).data) == 1
+    await asyncio.sleep(2 * LOOK_INTERVAL_S)
+    assert not ready.task.done()
 
 
 async def test_a_store_that_is_full_already_is_no_bug(ready, backend) -> None:
