@@ -333,6 +333,7 @@ class World:
     def kill_worker(self, incarnation: str) -> None:
         self.unets.pop(incarnation, None)
         self.vaes.pop(incarnation, None)
+        self.lapsed.discard(incarnation)
         self.mail.append(messages.WorkerLost(incarnation=incarnation))
 
     def lapse(self, incarnation: str) -> None:
