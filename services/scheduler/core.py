@@ -218,7 +218,7 @@ class Core:
     def _on_generate(self, event: messages.GenerateImage) -> None:
         if event.request_id in self.requests:
             return
-        request = Request(request=event, stage=Stage.WAITING)
+        request = Request(request=event, stage=Stage.WAITING, is_guided=_asks_for_guidance(event))
         if not self._dispatch.refuse_hopeless(request, self._now):
             self.requests[event.request_id] = request
 
@@ -228,6 +228,7 @@ class Core:
             self.requests[event.request.request_id] = Request(
                 request=event.request,
                 stage=Stage.RECOVERING if event.attempt else Stage.WAITING,
+                is_guided=_asks_for_guidance(event.request),
                 attempt=event.attempt,
                 num_attempts=event.num_attempts,
                 latents=event.latents,
@@ -472,3 +473,8 @@ class Core:
         request.unet = unet
         request.num_forwards = num_forwards
         request.is_guided = is_guided
+
+
+def _asks_for_guidance(request: messages.GenerateImage) -> bool:
+    """Whether a step takes two rows, as long as no worker has told."""
+    return request.parameters.guidance_scale > 1

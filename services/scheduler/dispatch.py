@@ -95,24 +95,34 @@ class Dispatch:
         )
 
     def find_guilty(self, unet: UnetWorker, now: float) -> Request | None:
-        """Without which request the worker could be planned for; the newest if without none.
+        """The request that planning for a worker fails by; None if it holds none.
 
-        None if there is no request that could be left out.
+        One that fails it alone, else one without which it succeeds, else the newest.
         """
         view = self._view(unet, self._sort(), now)
         members = [*view.requests, *(decode.request for decode in view.decodes)]
-        for guilty in reversed(members):
-            innocent = replace(
-                view,
-                requests=[one for one in view.requests if one is not guilty],
-                decodes=[one for one in view.decodes if one.request is not guilty],
-            )
-            try:
-                self._policy.plan(innocent)
-            except Exception:  # noqa: BLE001, S112  whatever it is, others are to blame, too
-                continue
-            return guilty
-        return members[-1] if members else None
+        members.reverse()
+        for suspected in members:
+            if not self._can_plan(view, [suspected]):
+                return suspected
+        for suspected in members:
+            if self._can_plan(view, [one for one in members if one is not suspected]):
+                return suspected
+        return members[0] if members else None
+
+    def _can_plan(self, view: GroupView, requests: Collection[Request]) -> bool:
+        """Whether there is a plan for these alone."""
+        names = {request.request_id for request in requests}
+        part = replace(
+            view,
+            requests=[one for one in view.requests if one.request_id in names],
+            decodes=[one for one in view.decodes if one.request.request_id in names],
+        )
+        try:
+            self._policy.plan(part)
+        except Exception:  # noqa: BLE001  it is asked for whether there is any
+            return False
+        return True
 
     def refuse_hopeless(self, request: Request, now: float) -> bool:
         """Fail a new request whose deadline nobody could keep, even with nobody else there."""

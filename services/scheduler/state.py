@@ -89,7 +89,7 @@ class Request:
     num_attempts: int = 0
     unet: str = ""
     num_forwards: int = 0
-    is_guided: bool = field(init=False)
+    is_guided: bool = True
     next_step: int = 0
     done_step: int = 0
     slots_in_flight: int = 0
@@ -111,7 +111,6 @@ class Request:
         """Name what it may share a forward with, once: it is asked for at every event."""
         parameters = self.request.parameters
         self.batch_key = BatchKey(parameters.model, parameters.height, parameters.width)
-        self.is_guided = parameters.guidance_scale > 1
 
     @property
     def request_id(self) -> str:
