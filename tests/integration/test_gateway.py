@@ -121,6 +121,14 @@ async def test_a_random_seed_is_told_and_a_warning_is_passed_on(ready, backend) 
     assert backend.seen[0].parameters.guidance_skip == "balanced"
 
 
+async def test_no_clock_of_the_gateway_goes_into_a_request(ready, backend) -> None:
+    reply = await ready.openai.images.generate(prompt="a cat", extra_body={"deadline_ms": 60_000})
+    assert (backend.seen[0].submitted_at, backend.seen[0].deadline_ms) == (0.0, 60_000)
+    seconds, _ = await backend.redis.time()
+    record = await Records(backend.redis).read(reply.data[0].request_id)
+    assert abs(record.submitted_at - seconds) < 60
+
+
 async def test_the_openai_client_streams_one_picture(ready) -> None:
     stream = await ready.openai.images.generate(
         prompt="a cat", stream=True, partial_images=2, extra_body={"num_inference_steps": 3}
