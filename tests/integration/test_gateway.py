@@ -23,6 +23,7 @@ from shared.records import Records, Retention
 from shared.settings import GatewaySettings
 
 GENERATIONS = "/v1/images/generations"
+BODY = {"prompt": "a cat"}
 LIMITS = limits_of(MODEL, GatewaySettings())
 
 
@@ -505,6 +506,20 @@ async def test_a_restart_of_redis_costs_no_waiting_client_its_pictures(
     redis_server.start()
     backend.release()
     assert len((await asyncio.wait_for(asking, 40)).data) == 2
+
+
+async def test_nobody_waits_for_a_store_that_has_been_silent_for_a_while(
+    ready, redis_server
+) -> None:
+    redis_server.stop()
+    await eventually(lambda: reasons(ready), ["Redis does not answer"])
+    for asking in (ready.http.get("/v1/images/img_1"), ready.http.post(GENERATIONS, json=BODY)):
+        async with asyncio.timeout(10), asking as response:
+            assert response.status == 503
+            assert (await response.json())["error"]["code"] == "store_unavailable"
+            assert "Retry-After" in response.headers
+    redis_server.start()
+    await ready.ready()
 
 
 async def test_news_that_the_board_has_missed_comes_from_the_records(ready, backend) -> None:
