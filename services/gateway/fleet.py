@@ -86,6 +86,10 @@ class Fleet:
     """When one was last alive."""
     store: StoreState = field(default_factory=StoreState)
 
+    def is_silent(self, now: float) -> bool:
+        """Whether Redis has not answered for a while."""
+        return now - self.looked > STALE_AFTER_S
+
     @property
     def is_store_full(self) -> bool:
         """Whether admission must stop to leave room for the work that is open."""
@@ -93,7 +97,7 @@ class Fleet:
 
     def store_problem(self, now: float) -> str:
         """Return why the store can take nothing; empty if it can."""
-        if now - self.looked > STALE_AFTER_S:
+        if self.is_silent(now):
             return "Redis does not answer"
         if self.is_store_full:
             return f"Redis has used {self.store.memory_fraction:.0%} of its memory"
@@ -104,7 +108,7 @@ class Fleet:
     def reasons_not_ready(self, now: float) -> tuple[str, ...]:
         """Return why pictures can't be made now; empty if they can."""
         problem = self.store_problem(now)
-        if now - self.looked > STALE_AFTER_S:
+        if self.is_silent(now):
             return (problem,)
         reasons: list[str] = []
         if self.queue is None:

@@ -192,7 +192,6 @@ class Generation:
 def _make_job(
     order: ImageOrder, *, job_id: str, owner: str
 ) -> tuple[JobRecord, list[GenerateImage]]:
-    now = time.time()
     requests = [
         GenerateImage(
             request_id=f"img_{secrets.token_hex(12)}",
@@ -200,7 +199,6 @@ def _make_job(
             owner=owner,
             priority=order.priority,
             deadline_ms=order.deadline_ms,
-            submitted_at=now,
             parameters=parameters,
         )
         for parameters in order.images

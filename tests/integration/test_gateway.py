@@ -23,6 +23,7 @@ from shared.records import Records, Retention
 from shared.settings import GatewaySettings
 
 GENERATIONS = "/v1/images/generations"
+BODY = {"prompt": "a cat"}
 LIMITS = limits_of(MODEL, GatewaySettings())
 
 
@@ -119,6 +120,14 @@ async def test_a_random_seed_is_told_and_a_warning_is_passed_on(ready, backend) 
     assert reply.data[0].seed == backend.seen[0].parameters.seed
     assert reply.data[0].warnings == ["The prompt was cut."]
     assert backend.seen[0].parameters.guidance_skip == "balanced"
+
+
+async def test_no_clock_of_the_gateway_goes_into_a_request(ready, backend) -> None:
+    reply = await ready.openai.images.generate(prompt="a cat", extra_body={"deadline_ms": 60_000})
+    assert (backend.seen[0].submitted_at, backend.seen[0].deadline_ms) == (0.0, 60_000)
+    seconds, _ = await backend.redis.time()
+    record = await Records(backend.redis).read(reply.data[0].request_id)
+    assert abs(record.submitted_at - seconds) < 60
 
 
 async def test_the_openai_client_streams_one_picture(ready) -> None:
@@ -497,6 +506,20 @@ async def test_a_restart_of_redis_costs_no_waiting_client_its_pictures(
     redis_server.start()
     backend.release()
     assert len((await asyncio.wait_for(asking, 40)).data) == 2
+
+
+async def test_nobody_waits_for_a_store_that_has_been_silent_for_a_while(
+    ready, redis_server
+) -> None:
+    redis_server.stop()
+    await eventually(lambda: reasons(ready), ["Redis does not answer"])
+    for asking in (ready.http.get("/v1/images/img_1"), ready.http.post(GENERATIONS, json=BODY)):
+        async with asyncio.timeout(10), asking as response:
+            assert response.status == 503
+            assert (await response.json())["error"]["code"] == "store_unavailable"
+            assert "Retry-After" in response.headers
+    redis_server.start()
+    await ready.ready()
 
 
 async def test_news_that_the_board_has_missed_comes_from_the_records(ready, backend) -> None:
