@@ -7,7 +7,6 @@ number by its field's name. Whoever holds a message may trust it.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar, cast, get_type_hints
 
@@ -46,7 +45,7 @@ _BOUNDS: Final[Mapping[str, tuple[float, float]]] = {
 """Least and greatest value of a field, in whichever message it stands."""
 
 _COLLECTIONS: Final = (tuple[int, ...], tuple[float, ...], dict[int, float], dict[str, int])
-"""Of numbers; none is negative."""
+"""Of numbers, each within `_NUMBERS`."""
 
 _MAX_NAME: Final = 256
 _NAMES: Final = frozenset({"request_id", "job_id", "attempt", "incarnation", "worker_id"})
@@ -69,14 +68,14 @@ def _exactly(kind: type) -> Callable[[Any, Any], Any]:
     return structure
 
 
-def _finite(value: Any, _: Any) -> float:
-    if type(value) not in {float, int} or not math.isfinite(value):
-        raise TypeError(f"{value!r:.40} where a finite number belongs")
+def _float(value: Any, _: Any) -> float:
+    if type(value) not in {float, int}:
+        raise TypeError(f"{type(value).__name__} where a number belongs")
     return float(value)
 
 
 _converter.register_structure_hook(int, _exactly(int))
-_converter.register_structure_hook(float, _finite)
+_converter.register_structure_hook(float, _float)
 _converter.register_structure_hook(bool, _exactly(bool))
 _converter.register_structure_hook(str, _exactly(str))
 
@@ -104,8 +103,9 @@ def _checked(kind: type) -> Callable[[Any, Any], Any]:
             numbers = getattr(made, name)
             if types[name] == dict[int, float] and min(numbers, default=1) < 1:
                 raise ValueError(f"{name} counts from {min(numbers)}")
-            if min(numbers.values() if isinstance(numbers, dict) else numbers, default=0) < 0:
-                raise ValueError(f"{name} holds a negative number")
+            values = numbers.values() if isinstance(numbers, dict) else numbers
+            if not all(_NUMBERS[0] <= number <= _NUMBERS[1] for number in values):
+                raise ValueError(f"{name} holds what is not within {_NUMBERS}")
         for name in names:
             length = len(getattr(made, name))
             if length > _MAX_NAME or (length == 0 and name != "attempt"):
