@@ -102,6 +102,8 @@ def _checked(kind: type) -> Callable[[Any, Any], Any]:
                 raise ValueError(f"{name} is {number}, not within {least} to {greatest}")
         for name in collections:
             numbers = getattr(made, name)
+            if types[name] == dict[int, float] and min(numbers, default=1) < 1:
+                raise ValueError(f"{name} counts from {min(numbers)}")
             if min(numbers.values() if isinstance(numbers, dict) else numbers, default=0) < 0:
                 raise ValueError(f"{name} holds a negative number")
         for name in names:

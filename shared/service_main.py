@@ -79,10 +79,21 @@ def run_service(
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve())
-    except RedisError as error:
-        log.error("stopped", error=str(error), code="store_unavailable")  # noqa: TRY400 - it says all
-        sys.exit(1)
-    except SynerDiffError as error:
-        log.error("stopped", error=str(error), code=error.code)  # noqa: TRY400 - it says all
-        sys.exit(EXIT_CONFIGURATION if isinstance(error, ConfigurationError) else 1)
+    except (SynerDiffError, RedisError, ExceptionGroup) as error:
+        cause = _expected_cause(error)
+        if cause is None:
+            raise
+        code = getattr(cause, "code", "store_unavailable")
+        log.error("stopped", error=str(cause), code=code)  # noqa: TRY400 - it says all
+        sys.exit(EXIT_CONFIGURATION if isinstance(cause, ConfigurationError) else 1)
     log.info("stopped")
+
+
+def _expected_cause(error: Exception) -> SynerDiffError | RedisError | None:
+    """What a line says better than a traceback: our own errors and the store's, grouped or not."""
+    if isinstance(error, SynerDiffError | RedisError):
+        return error
+    if not isinstance(error, ExceptionGroup):
+        return None
+    causes = [_expected_cause(inner) for inner in error.exceptions]
+    return causes[0] if all(causes) else None

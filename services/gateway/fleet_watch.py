@@ -75,8 +75,10 @@ class FleetWatch:
 def _read_store(memory: Mapping[str, Any], written: object) -> StoreState:
     """How Redis is, from its INFO and from what it said to a small write."""
     maxmemory = memory.get("maxmemory", 0)
+    # As the server counts before it refuses: without what waits for its disk.
+    used = memory.get("used_memory", 0) - memory.get("mem_not_counted_for_evict", 0)
     return StoreState(
-        memory_fraction=memory.get("used_memory", 0) / maxmemory if maxmemory else 0.0,
+        memory_fraction=used / maxmemory if maxmemory else 0.0,
         write_error=str(written) if isinstance(written, RedisError) else "",
         is_out_of_memory=isinstance(written, OutOfMemoryError),
     )

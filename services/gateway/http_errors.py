@@ -11,7 +11,7 @@ from aiohttp import web
 from redis.exceptions import OutOfMemoryError, RedisError
 
 from services.gateway.replies import ErrorDetail, ErrorReply
-from shared.errors import InvalidRequestError, OverloadedError
+from shared.errors import InvalidRequestError, OverloadedError, ProtocolError
 from shared.records import RequestRecord
 
 STATUS_BY_FAILURE: Mapping[str, int] = {
@@ -122,6 +122,13 @@ def from_exception(error: Exception) -> ApiError:
             answer = unavailable("The store is full.", code="store_full", retry_after_s=5.0)
         case RedisError() | ConnectionError():
             answer = unavailable("The store does not answer.", code="store_unavailable")
+        case ProtocolError():
+            answer = ApiError(
+                status=HTTPStatus.INTERNAL_SERVER_ERROR,
+                message="What the store holds of this request can't be read.",
+                code=error.code,
+                can_retry=False,
+            )
         case TimeoutError():
             answer = ApiError(
                 status=HTTPStatus.GATEWAY_TIMEOUT,

@@ -20,14 +20,14 @@ from services.scheduler.checks import check, explain
 from services.scheduler.commands import Command, ParkEvent
 from services.scheduler.corrections import note_chunks, note_slot
 from services.scheduler.dispatch import Dispatch
-from services.scheduler.endings import AT_UNET, Endings
+from services.scheduler.endings import Endings
 from services.scheduler.events import AttemptRefused, Event, RequestRecovered, Tick
 from services.scheduler.fleet import Fleet
 from services.scheduler.liveness import Liveness, Patience
 from services.scheduler.outbox import Outbox
 from services.scheduler.policy import Policy
 from services.scheduler.profile import Profile
-from services.scheduler.state import Request, Stage, UnetWorker, VaeWorker
+from services.scheduler.state import AT_UNET, Request, Stage, UnetWorker, VaeWorker
 from shared import messages
 from shared.errors import ProtocolError
 

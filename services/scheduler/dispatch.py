@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 from services.scheduler.commands import BeginAttempt
-from services.scheduler.endings import AT_UNET
 from services.scheduler.outbox import Outbox
 from services.scheduler.packing import by_fair_share, by_urgency
 from services.scheduler.placement import (
@@ -24,7 +23,15 @@ from services.scheduler.placement import (
     transport_of,
 )
 from services.scheduler.policy import Decode, Grant, GroupView, Plan, Policy
-from services.scheduler.state import Request, SlotInFlight, Spent, Stage, UnetWorker, VaeWorker
+from services.scheduler.state import (
+    AT_UNET,
+    Request,
+    SlotInFlight,
+    Spent,
+    Stage,
+    UnetWorker,
+    VaeWorker,
+)
 from shared import keys, messages
 
 

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 from services.scheduler.commands import RestartRequest
 from services.scheduler.outbox import Outbox
-from services.scheduler.state import Request, Stage, UnetWorker, VaeWorker
+from services.scheduler.state import AT_UNET, Request, Stage, UnetWorker, VaeWorker
 from shared import messages
-
-AT_UNET = frozenset({Stage.ENCODING, Stage.DENOISING})
-"""Stages in which a UNet worker holds something of the request."""
 
 
 class Endings:

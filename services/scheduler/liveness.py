@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from services.scheduler.drift import ALONE, CHUNKS
-from services.scheduler.endings import AT_UNET, Endings
+from services.scheduler.endings import Endings
 from services.scheduler.outbox import Outbox
-from services.scheduler.state import BatchKey, Request, Stage, UnetWorker, VaeWorker
+from services.scheduler.state import AT_UNET, BatchKey, Request, Stage, UnetWorker, VaeWorker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import inf
 
 from services.scheduler.packing import MIN_ROWS
-from services.scheduler.state import Request, Stage, UnetWorker, VaeWorker
+from services.scheduler.state import AT_UNET, Request, UnetWorker, VaeWorker
 from shared.host import Transport, choose_transport
 from shared.messages import LatentsFinished
 
@@ -39,7 +39,7 @@ def loads(requests: Iterable[Request], unets: Mapping[str, UnetWorker]) -> dict[
     """What each UNet worker holds."""
     found = {name: Load() for name in unets}
     for request in requests:
-        if request.stage in {Stage.ENCODING, Stage.DENOISING} and request.unet in found:
+        if request.unet in found and request.stage in AT_UNET:
             found[request.unet].add(request, unets[request.unet])
     return found
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Final, cast, get_args
+from typing import Final, cast, get_args
 
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
 
 from services.scheduler.commands import (
     BeginAttempt,
@@ -27,21 +25,21 @@ from services.scheduler.commands import (
 from services.scheduler.configuration import load_profiles, policy_options
 from services.scheduler.core import Core, CoreSettings
 from services.scheduler.dead_letters import DeadLetters
-from services.scheduler.events import AttemptRefused, Event, RequestRecovered, Tick
+from services.scheduler.events import AttemptRefused, Event, Tick
 from services.scheduler.kept_profiles import KeptProfiles
 from services.scheduler.policies import make_policy
 from services.scheduler.profile import Profile
+from services.scheduler.recovery import find_request
 from services.scheduler.registrations import Registrations
+from services.scheduler.status import describe, show_gauges
 from services.scheduler.store_clock import StoreClock
 from shared import codec, keys, metrics
 from shared.errors import EpochEndedError, ProtocolError
-from shared.host import Transport, choose_transport
 from shared.logs import get_logger
 from shared.messages import (
     DenoiseSlot,
     GenerateImage,
     ImageDecoded,
-    LatentsFinished,
     RequestCancelled,
     RequestProgress,
     RequestsProgressed,
@@ -79,9 +77,6 @@ KINDS: Final = {
     keys.SCHEDULER: tuple(kind for kind in get_args(ToScheduler) if kind is not GenerateImage),
 }
 """What belongs into the streams that the scheduler reads."""
-
-UNET_STAGES = ("waiting", "encoding", "denoising")
-VAE_STAGES = ("latents", "decoding")
 
 log = get_logger()
 
@@ -238,47 +233,17 @@ class SchedulerService:
         """Whether the entry's request is open, which the core knows then."""
         request = cast("GenerateImage", self._event(entry))
         try:
-            record = await self._records.read(request.request_id)
+            event = await find_request(self._redis, self._records, request)
         except ProtocolError as error:
             fields = {b"m": codec.encode(request), b"r": request.request_id.encode()}
             buried = await self._streams.bury(entry.stream, entry.entry_id, fields, str(error))
             self._count_buried([buried])
             return False
-        if record is None or record.is_final:
+        if event is None:
             await self._streams.delete(keys.REQUESTS, [entry.entry_id])
             return False
-        latents, resume_step = None, 0
-        if record.attempt:
-            latents = await self._read_latents(request.request_id, record.attempt)
-            resume_step = await self._read_resume_step(request.request_id, record.attempt)
-        event = RequestRecovered(
-            request=request,
-            attempt=record.attempt,
-            num_attempts=record.num_attempts,
-            latents=latents,
-            resume_step=resume_step,
-        )
         await self._handle([event])
         return True
-
-    async def _read_latents(self, request_id: str, attempt: str) -> LatentsFinished | None:
-        """What was left of finished latents, None where there is nothing that can be read."""
-        try:
-            payload = await cast("Any", self._redis.hget(keys.latents(request_id, attempt), "m"))
-            message = codec.decode(payload) if payload else None
-        except (ProtocolError, ResponseError) as error:
-            log.warning("latents can't be read", request_id=request_id, error=str(error))
-            return None
-        return message if isinstance(message, LatentsFinished) else None
-
-    async def _read_resume_step(self, request_id: str, attempt: str) -> int:
-        """The step that a drained worker has left, 0 where there is none that can be read."""
-        try:
-            step = await cast("Any", self._redis.hget(keys.resume(request_id, attempt), "step"))
-            return max(0, int(step or 0))
-        except (ValueError, ResponseError) as error:
-            log.warning("a resume step can't be read", request_id=request_id, error=str(error))
-            return 0
 
     # --- events and commands --------------------------------------------------------------------
 
@@ -406,43 +371,11 @@ class SchedulerService:
         await self._handle([*lost, Tick()])
         await self._drop_final_entries()
         await self._dead_letters.follow()
-        now = self._clock.now()
-        stages = self._core.count_stages()
-        self._show(stages)
-        status = {
-            "epoch": self._core.epoch,
-            "policy": self._settings.policy,
-            "stages": dict(stages),
-            "queue": self._core.queue_order(now),
-            "theta": {
-                name: round(unet.threshold.value, 3) for name, unet in self._core.unets.items()
-            },
-            "profiles": {name: unet.profile.source for name, unet in self._core.unets.items()},
-            "capacity": self._core.capacity(),
-            "unet_workers": len(self._core.unets),
-            "vae_workers": len(self._core.vaes),
-        }
+        show_gauges(self._core)
+        status = describe(self._core, policy=self._settings.policy, now=self._clock.now())
         payload = codec.encode_value(status)
         await self._writer.write(("SET", keys.STATUS, payload, "EX", keys.STATUS_TTL_S))
         READINESS.renew(keys.STATUS_TTL_S)
-
-    def _show(self, stages: Counter[str]) -> None:
-        """The gauges."""
-        unets, vaes = self._core.unets.values(), self._core.vaes.values()
-        for stage in ("recovering", *UNET_STAGES, *VAE_STAGES):
-            metrics.REQUESTS.labels(state=stage).set(stages[stage])
-        metrics.BACKLOG.labels(pool="unet").set(sum(stages[stage] for stage in UNET_STAGES))
-        metrics.BACKLOG.labels(pool="vae").set(sum(stages[stage] for stage in VAE_STAGES))
-        metrics.WORKERS.labels(kind="unet").set(len(unets))
-        metrics.WORKERS.labels(kind="vae").set(len(vaes))
-        pairs = Counter(choose_transport(unet.info, vae.info) for unet in unets for vae in vaes)
-        for transport in get_args(Transport):
-            metrics.PAIRS.labels(transport=transport).set(pairs[transport])
-        for unet in unets:
-            group = unet.info.device_group
-            metrics.THRESHOLD.labels(device_group=group).set(unet.threshold.value)
-            is_complete = any(timing.kind.chunks for timing in unet.profile.slots)
-            metrics.PROFILE_COMPLETE.labels(device_group=group).set(is_complete)
 
     async def _drop_final_entries(self) -> None:
         """Entries of requests that the core has done with: duplicates, and what has no record."""

@@ -52,6 +52,9 @@ TRANSITIONS: dict[Stage, frozenset[Stage]] = {
     Stage.DECODING: frozenset({Stage.LATENTS, Stage.WAITING}),
 }
 
+AT_UNET = frozenset({Stage.ENCODING, Stage.DENOISING})
+"""Stages in which a UNet worker holds something of the request."""
+
 
 class BatchKey(NamedTuple):
     """What requests must share to share a forward; height and width in pixels."""

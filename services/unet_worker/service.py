@@ -44,6 +44,7 @@ from shared.messages import (
     WorkerAnnounced,
     WorkerInfo,
 )
+from shared.model_folder import model_digest
 from shared.settings import UnetWorkerSettings, available_threads
 from shared.tensor_pool import TensorPool
 from shared.watchdog import Patience, Watchdog
@@ -163,6 +164,7 @@ class UnetWorkerService:
             threads=self._threads,
             max_requests=settings.max_requests,
             model_id=info.model_id,
+            model_digest=model_digest(settings.model),
             model=info,
             step_ms=step_ms,
             pool=self._pool.name if self._pool else "",

@@ -40,8 +40,10 @@ from shared.messages import (
     ReleaseLatents,
     RequestFailed,
     TensorHandle,
+    WorkerAnnounced,
     WorkerInfo,
 )
+from shared.model_folder import model_digest
 from shared.records import Commit, Outcome, Records
 from shared.settings import VaeWorkerSettings, available_threads
 from shared.tensor_bytes import unpack_tensor
@@ -192,6 +194,7 @@ class VaeWorkerService:
             threads=self._threads,
             max_requests=0,
             model_id=self._decoder.name,
+            model_digest=model_digest(settings.model),
             decode_ms=statistics.median(durations_s[1:]) * 1000,
             num_chunks=self._plan(*size).num_chunks,
         )
@@ -226,6 +229,9 @@ class VaeWorkerService:
                 self._measurements.clear()
                 for decode in list(self._decodes.values()):
                     self._forget(decode)
+                self._link.post(
+                    WorkerAnnounced(incarnation=self._link.incarnation, epoch=self._epoch)
+                )
             case DecodeLatents() if message.epoch >= self._epoch:
                 known = self._decodes.get(message.request_id)
                 if known and known.command.attempt != message.attempt:

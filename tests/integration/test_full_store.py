@@ -12,15 +12,14 @@ from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError, ResponseError
 from redis_server import RedisServer
 
+from services.gateway.fleet import MAX_MEMORY_FRACTION
+from services.gateway.fleet_watch import FleetWatch
 from services.scheduler.service import SchedulerService
 from shared import keys
 from shared.messages import ImageDecoded
 from shared.patience import StorePatience
 from shared.records import Commit, Outcome, Records
 from shared.streams import Streams, connect
-
-REFUSED_FROM = 0.9
-"""Of `maxmemory`; the gateways take nothing beyond it."""
 
 OUTCOME = Outcome(content_type="image/png", size_bytes=1, seed=1)
 
@@ -32,8 +31,10 @@ async def leave(redis: Redis, num_bytes: int) -> None:
 
 
 async def fraction(redis: Redis) -> float:
-    memory = await redis.info("memory")
-    return memory["used_memory"] / memory["maxmemory"]
+    """As a gateway sees it."""
+    watch = FleetWatch(redis)
+    await watch.refresh()
+    return watch.fleet.store.memory_fraction
 
 
 async def draw(redis: Redis, request_id: str, image: bytes) -> None:
@@ -51,7 +52,7 @@ async def test_old_pictures_make_room_before_anybody_is_refused(redis: Redis) ->
     for number in range(1_500):
         await draw(redis, f"r{number}", os.urandom(20_000))
         if number % 50 == 0:
-            assert await fraction(redis) < REFUSED_FROM
+            assert await fraction(redis) < MAX_MEMORY_FRACTION
     newest = await Records(redis).read("r1499")
     assert newest
     assert await Records(redis).read_image(newest)
@@ -67,7 +68,7 @@ async def test_old_records_make_room_too(redis: Redis) -> None:
         await Records(redis).fail(f"r{number}", code="c", reason="r")
         if number % 50 == 0:
             await Records(redis).make_room()
-            assert await fraction(redis) < REFUSED_FROM
+            assert await fraction(redis) < MAX_MEMORY_FRACTION
     assert await redis.exists(keys.request("r3999"))
     assert not await redis.exists(keys.request("r0"), keys.job("job-r0"))
 

@@ -67,6 +67,13 @@ LOSABLE = (
     messages.GrantChunks,
 )
 
+ANSWERS = (
+    messages.RequestAdmitted,
+    messages.SlotDenoised,
+    messages.LatentsFinished,
+    messages.ChunksDecoded,
+)
+
 ODD: tuple[Event, ...] = (
     replace(make_request("odd"), priority=cast("int", inf)),
     replace(make_request("odd"), submitted_at=nan),
@@ -155,6 +162,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(kind=st.sampled_from(LOSABLE))
     def a_message_will_be_lost(self, kind: type[messages.Message]) -> None:
         self.world.lose_next(kind)
+
+    @precondition(lambda self: self.world.mail and isinstance(self.world.mail[0], ANSWERS))
+    @rule()
+    def an_answer_is_lost(self) -> None:
+        self.world.mail.popleft()
 
     @precondition(lambda self: self.calm_since_blow > 1)
     @precondition(lambda self: self.hangable())

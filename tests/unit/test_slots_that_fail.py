@@ -20,10 +20,10 @@ from shared.messages import ImageParameters
 pytestmark = pytest.mark.usefixtures("two_threads")
 
 REQUESTS = {
-    "pndm": parameters(seed=1, sampler="PNDMScheduler", num_inference_steps=5),
-    "noisy": parameters(seed=2, sampler="euler_a", num_inference_steps=5),
-    "own": parameters(seed=3, sampler="UniPCMultistepScheduler", num_inference_steps=5),
-    "skips": parameters(seed=4, sampler="ddim", num_inference_steps=9, guidance_skip="fast"),
+    "pndm": parameters(seed=1, sampler="PNDMScheduler", num_inference_steps=4),
+    "noisy": parameters(seed=2, sampler="euler_a", num_inference_steps=4),
+    "own": parameters(seed=3, sampler="UniPCMultistepScheduler", num_inference_steps=4),
+    "skips": parameters(seed=4, sampler="ddim", num_inference_steps=6, guidance_skip="fast"),
 }
 MIXED = ("noisy", "own", "skips")
 
@@ -85,7 +85,7 @@ def counting(denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch) -> Iterator[li
 
 
 @pytest.mark.parametrize("names", [("pndm",), MIXED], ids=["alone", "mixed"])
-@pytest.mark.parametrize("failing_slot", [2])
+@pytest.mark.parametrize("failing_slot", [3])
 def test_wherever_a_slot_fails_the_latents_are_the_same(
     denoiser: Denoiser, counting: list[FailAt], names: tuple[str, ...], failing_slot: int
 ) -> None:
