@@ -112,6 +112,28 @@ async def test_work_that_is_open_ends_in_a_full_store_and_all_go_on_after_it(
         await client.aclose()
 
 
+async def test_a_store_that_takes_no_writes_is_waited_out_by_all(redis: Redis) -> None:
+    service = SchedulerService(redis, SETTINGS)
+    scheduler = asyncio.create_task(service.run())
+    try:
+        async with echo_workers(redis):
+            await submit(redis, request("before"))
+            await until_final(redis, "before")
+            await redis.config_set("min-replicas-to-write", 1)
+            submitting = asyncio.create_task(submit(redis, request("meanwhile")))
+            await asyncio.sleep(4.0)  # beyond heartbeats and leases
+            assert not submitting.done()
+            await redis.config_set("min-replicas-to-write", 0)
+            async with asyncio.timeout(10):
+                await submitting
+                assert (await until_final(redis, "meanwhile")).state == "done"
+            assert not scheduler.done()
+    finally:
+        await redis.config_set("min-replicas-to-write", 0)
+        service.stop()
+        await scheduler
+
+
 @pytest.mark.parametrize("words", ["MISCONF Errors writing to the AOF file", "BUSY a script"])
 async def test_a_disk_that_is_full_and_a_busy_server_are_waited_out(words: str) -> None:
     answers: list[Exception | str] = [ResponseError(words), ResponseError(words), "taken"]
