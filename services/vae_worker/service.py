@@ -40,6 +40,7 @@ from shared.messages import (
     ReleaseLatents,
     RequestFailed,
     TensorHandle,
+    WorkerAnnounced,
     WorkerInfo,
 )
 from shared.records import Commit, Outcome, Records
@@ -226,6 +227,7 @@ class VaeWorkerService:
                 self._measurements.clear()
                 for decode in list(self._decodes.values()):
                     self._forget(decode)
+                self._link.post(WorkerAnnounced(incarnation=self._link.incarnation, epoch=epoch))
             case DecodeLatents() if message.epoch >= self._epoch:
                 known = self._decodes.get(message.request_id)
                 if known and known.command.attempt != message.attempt:
