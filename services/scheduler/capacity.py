@@ -11,10 +11,10 @@ from services.scheduler.packing import MIN_ROWS
 from services.scheduler.profile import make_key
 from services.scheduler.state import Request, Stage, UnetWorker, VaeWorker
 
-HALF_LIFE_S = 20.0
+HALF_LIFE_S = 10.0
 """Of what was learnt of the pace."""
 
-PRIOR_S = 2.0
+PRIOR_S = 1.0
 """Seconds at the profile's pace that are taken as learnt at the start."""
 
 MAX_LOOK_S = 5.0
