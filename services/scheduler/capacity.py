@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from services.scheduler.drift import ALONE, CHUNKS
 from services.scheduler.packing import MIN_ROWS
 from services.scheduler.profile import make_key
 from services.scheduler.state import Request, Stage, UnetWorker, VaeWorker
 
-HALF_LIFE_S = 20.0
+HALF_LIFE_S = 10.0
 """Of what was learnt of the pace."""
 
-PRIOR_S = 2.0
+PRIOR_S = 1.0
 """Seconds at the profile's pace that are taken as learnt at the start."""
 
 MAX_LOOK_S = 5.0
@@ -51,7 +50,10 @@ class Work:
 
 @dataclass(slots=True, kw_only=True)
 class Pace:
-    """What a model's workers get done while they have all they can hold.
+    """What a model's workers get done while they have all they can hold, over their profiles.
+
+    The profiles' drift is left out: it moves with slots of few rows, too, which tell nothing of
+    full ones, and whatever it says of these is in the pace.
 
     done: since the last look. was_full: whether there was more than could be held then.
     predicted_s, wall_s: what was done took so long by prediction and by the clock; the past fades.
@@ -87,7 +89,7 @@ class _Workers:
     def row_ms(self, size: str) -> float:
         """A device's time for one row's forward in a full slot."""
         return fmean(
-            unet.durations.alone(size, knee).ms * unet.drift.factor(ALONE) / knee
+            unet.durations.alone(size, knee).ms / knee
             for unet in self.unets
             for knee in [max(MIN_ROWS, unet.profile.knee(size))]
         )
@@ -98,10 +100,9 @@ class _Workers:
 
     def decode_ms(self, size: str) -> float:
         """A device's time for one decode."""
-        unet = self.unets[0]
-        decode = unet.profile.decode(size)
+        decode = self.unets[0].profile.decode(size)
         if decode:
-            return sum(decode.chunk_ms) * unet.drift.factor(CHUNKS)
+            return sum(decode.chunk_ms)
         return fmean(vae.info.decode_ms for vae in self.vaes)
 
     def wall_ms(self, work: Work) -> float:

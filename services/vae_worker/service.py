@@ -229,9 +229,7 @@ class VaeWorkerService:
                 self._measurements.clear()
                 for decode in list(self._decodes.values()):
                     self._forget(decode)
-                self._link.post(
-                    WorkerAnnounced(incarnation=self._link.incarnation, epoch=self._epoch)
-                )
+                self._link.post(WorkerAnnounced(incarnation=self._link.incarnation, epoch=epoch))
             case DecodeLatents() if message.epoch >= self._epoch:
                 known = self._decodes.get(message.request_id)
                 if known and known.command.attempt != message.attempt:
