@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 
 from aiohttp import web
 from redis.asyncio import Redis
@@ -17,6 +16,7 @@ from shared.errors import ConfigurationError
 from shared.logs import get_logger
 from shared.records import Records
 from shared.settings import GatewaySettings
+from shared.tasks import end_tasks
 
 _BACKLOG = 1024
 _FLUSH_TIMEOUT_S = 5.0
@@ -77,7 +77,7 @@ class GatewayService:
                 await self._drain()
                 await runner.cleanup()
                 await self._flush()
-                await _end(background)
+                await end_tasks(background)
         finally:
             await runner.cleanup()
 
@@ -108,16 +108,3 @@ class GatewayService:
                 await self._gateway.generation.flush()
         except TimeoutError:
             log.warning("not everything that was abandoned could be cancelled")
-
-
-async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancel tasks until they have ended.
-
-    Once is not enough below Python 3.12: `asyncio.wait_for`, which the Redis client uses, forgets
-    a cancellation that comes at the moment at which its wait is over.
-    """
-    pending = set(tasks)
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=0.1)
