@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+EXIT_CONFIGURATION: Final = 78
+"""The exit code of a process that ends by a `ConfigurationError` (EX_CONFIG of sysexits.h): started
+again as it is, it would end the same way."""
+
 
 class SynerDiffError(Exception):
     """Root of every error this project raises on purpose."""
