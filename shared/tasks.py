@@ -7,7 +7,8 @@ forgets one that comes at the moment at which its wait is over.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Generator, Iterable
+from contextvars import Context
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
@@ -36,23 +37,29 @@ class TaskGroup(asyncio.TaskGroup):
         super().__init__()
         self._members: set[asyncio.Task[Any]] = set()
 
-    def create_task(self, coroutine: Coroutine[Any, Any, T], **options: Any) -> asyncio.Task[T]:
+    def create_task(
+        self,
+        coro: Generator[Any, None, T] | Coroutine[Any, Any, T],
+        *,
+        name: str | None = None,
+        context: Context | None = None,
+    ) -> asyncio.Task[T]:
         """Add a member, as `asyncio.TaskGroup` does."""
-        task: asyncio.Task[T] = super().create_task(coroutine, **options)
+        task = super().create_task(coro, name=name, context=context)
         self._members.add(task)
         task.add_done_callback(self._on_member_done)
         return task
 
     async def __aexit__(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool | None:
+        et: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         """Wait for the members; insist on their end if the body has failed."""
-        if kind is not None:
+        if et is not None:
             self._insist()
-        return await super().__aexit__(kind, error, traceback)
+        await super().__aexit__(et, exc, tb)
 
     def _on_member_done(self, task: asyncio.Task[Any]) -> None:
         self._members.discard(task)
