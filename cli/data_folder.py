@@ -65,7 +65,7 @@ class DataFolder:
         Raises:
             ConfigurationError: It can't be written.
         """
-        self.remove_metrics()
+        self._remove_metrics()
         try:
             for folder in (self.path, self.redis, self.logs, self.metrics):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=folder != self.metrics)
@@ -76,7 +76,7 @@ class DataFolder:
         if problem := full_disk([self.path]):
             raise ConfigurationError(f"{problem}; make room, or choose another with --data-dir")
 
-    def remove_metrics(self) -> None:
+    def _remove_metrics(self) -> None:
         """Remove what only a run needs."""
         shutil.rmtree(self.metrics, ignore_errors=True)
 
@@ -88,7 +88,7 @@ class DataFolder:
 
     @contextlib.contextmanager
     def locked(self, note: str) -> Iterator[int]:
-        """Hold the folder's lock; yields its descriptor.
+        """Hold the folder's lock; yields its descriptor. Afterwards nothing of one run is left.
 
         A child that inherits the descriptor holds the lock as well, so that a folder is not free
         before a server that writes in it is gone. A holder that is just going is waited for.
@@ -113,7 +113,10 @@ class DataFolder:
             with contextlib.suppress(OSError):  # there is no room for it
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, note.encode(), 0)
-            yield descriptor
+            try:
+                yield descriptor
+            finally:
+                self._remove_metrics()
         except ConfigurationError:
             if made and not _has_files(self.logs):
                 shutil.rmtree(self.path, ignore_errors=True)

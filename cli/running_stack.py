@@ -100,7 +100,6 @@ def run_stack(
         finally:
             if socket_path:
                 socket_path.unlink(missing_ok=True)
-            folder.remove_metrics()
             sweep()
 
 
@@ -152,7 +151,7 @@ class RunningStack:
             log_folder=self.folder.logs, observer=self, find_hardship=self.find_hardship
         )
         loop = asyncio.get_running_loop()
-        for number in _stop_signals():
+        for number in stop_signals():
             loop.add_signal_handler(number, self._on_signal, supervisor)
         end = asyncio.create_task(self._wait_for_end(supervisor))
         start = asyncio.create_task(self._start(supervisor))
@@ -241,7 +240,7 @@ class RunningStack:
             self.narrator.say("The disk has room again", style="green")
 
 
-def _stop_signals() -> list[signal.Signals]:
+def stop_signals() -> list[signal.Signals]:
     """What asks a stack to stop. Whoever runs it under nohup has SIGHUP ignored, and means it."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:

@@ -33,6 +33,7 @@ from shared.messages import (
 )
 from shared.probe import READINESS
 from shared.streams import MAX_BLOCK_MS, Streams, script
+from shared.tasks import TaskGroup
 
 T = TypeVar("T")
 
@@ -208,7 +209,7 @@ class WorkerLink:
     async def run(self, info: WorkerInfo) -> None:
         """Register, then read and send until stopped; says goodbye at the end."""
         await self._beat(info)
-        async with asyncio.TaskGroup() as group:
+        async with TaskGroup() as group:
             group.create_task(self._beat_until_stopped(info))
             group.create_task(self._read_until_stopped())
             group.create_task(self._send_until_stopped())

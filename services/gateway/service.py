@@ -16,7 +16,7 @@ from shared.errors import ConfigurationError
 from shared.logs import get_logger
 from shared.records import Records
 from shared.settings import GatewaySettings
-from shared.tasks import end_tasks
+from shared.tasks import TaskGroup, end_tasks
 
 _BACKLOG = 1024
 _FLUSH_TIMEOUT_S = 5.0
@@ -66,7 +66,7 @@ class GatewayService:
         await runner.setup()
         try:
             await self._listen(runner)
-            async with asyncio.TaskGroup() as tasks:
+            async with TaskGroup() as tasks:
                 background = [
                     tasks.create_task(self._gateway.fleet_watch.run(), name="fleet"),
                     tasks.create_task(self._gateway.board.read(), name="events"),

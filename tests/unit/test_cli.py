@@ -254,12 +254,14 @@ def test_a_data_folder_has_one_stack_at_a_time(tmp_path: Path) -> None:
     assert (folder.logs.stat().st_mode & 0o777) == 0o700
 
 
-def test_metrics_of_an_earlier_run_are_gone(tmp_path: Path) -> None:
-    folder = DataFolder(path=tmp_path)
-    folder.create()
-    (folder.metrics / "counter_1.db").touch()
-    folder.create()
-    assert list(folder.metrics.iterdir()) == []
+def test_metrics_are_of_one_run(tmp_path: Path) -> None:
+    folder = DataFolder(path=tmp_path / "d")
+    with folder.locked("process 1"):
+        folder.create()
+        (folder.metrics / "counter_1.db").touch()
+        folder.create()
+        assert list(folder.metrics.iterdir()) == []
+    assert not folder.metrics.exists()
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
