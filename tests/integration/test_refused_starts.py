@@ -264,7 +264,7 @@ def test_a_server_that_wants_another_password_which_is_not_shown(
             client.config_set("requirepass", "")
     assert answer.returncode == 1
     (sentence,) = answer.stderr.splitlines()
-    assert "refuses us" in sentence
+    assert "invalid username-password pair" in sentence
     assert "wrong-secret" not in sentence
 
 
