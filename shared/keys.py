@@ -58,6 +58,9 @@ IMAGES: Final = "sd:images"
 IMAGE_SIZES: Final = "sd:images:sizes"
 """Hash of the stored images' sizes in bytes by key, with their sum under "total"."""
 
+START_CHECK: Final = "sd:start-check"
+"""Never there. A start deletes it, to learn whether the server lets it write."""
+
 
 def job(job_id: str) -> str:
     """Hash of one HTTP request: its images' request ids. Expires with the records."""

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import os
 
-from prometheus_client import (
+from shared.metrics_files import reserve_files
+
+reserve_files()  # before the library decides whether metrics are shared
+
+from prometheus_client import (  # noqa: E402
     CONTENT_TYPE_LATEST,
     REGISTRY,
     CollectorRegistry,

@@ -158,7 +158,7 @@ class WorkerSettings(ServiceSettings):
     )
     device_group: str = ""
     model: Path = Path("models/emoji")
-    device: str = "auto"
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int = Field(0, ge=0)
     heartbeat_ttl_ms: int = Field(5_000, ge=500)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Iterable
 
 from redis.asyncio import Redis
 
@@ -19,6 +18,7 @@ from shared.errors import ConfigurationError
 from shared.logs import get_logger
 from shared.records import Records
 from shared.settings import GatewaySettings
+from shared.tasks import TaskGroup, end_tasks
 
 _FLUSH_TIMEOUT_S = 5.0
 
@@ -69,7 +69,7 @@ class GatewayService:
         server = HttpServer(make_app(self._gateway))
         try:
             await self._listen(server)
-            async with asyncio.TaskGroup() as tasks:
+            async with TaskGroup() as tasks:
                 background = [
                     tasks.create_task(self._gateway.fleet_watch.run(), name="fleet"),
                     tasks.create_task(self._gateway.board.read(), name="events"),
@@ -80,7 +80,7 @@ class GatewayService:
                 await self._drain()
                 await server.close()
                 await self._flush()
-                await _end(background)
+                await end_tasks(background)
         finally:
             await server.close()
 
@@ -124,16 +124,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancel tasks until they have ended.
-
-    Once is not enough below Python 3.12: `asyncio.wait_for`, which the Redis client uses, forgets
-    a cancellation that comes at the moment at which its wait is over.
-    """
-    pending = set(tasks)
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=0.1)

@@ -46,6 +46,7 @@ from shared.messages import (
 from shared.model_folder import model_digest
 from shared.records import Commit, Outcome, Records
 from shared.settings import VaeWorkerSettings, available_threads
+from shared.tasks import TaskGroup
 from shared.tensor_bytes import unpack_tensor
 from shared.tensor_pool import TensorReader
 from shared.watchdog import Patience, Watchdog
@@ -138,7 +139,7 @@ class VaeWorkerService:
             "loading and measuring", self._start, within_s=self._settings.max_start_s
         )
         log.info("ready", decode_ms=round(info.decode_ms, 1), chunks=info.num_chunks)
-        async with asyncio.TaskGroup() as group:
+        async with TaskGroup() as group:
             group.create_task(self._link.run(info))
             group.create_task(self._drop_dead_pools())
             while not self._link.is_stopping:
@@ -282,7 +283,7 @@ class VaeWorkerService:
 
     # --- decoding -------------------------------------------------------------------------------
 
-    async def _run_chunk(self, decode: Decode, group: asyncio.TaskGroup) -> None:
+    async def _run_chunk(self, decode: Decode, group: TaskGroup) -> None:
         """Run one chunk; after the last, encode and commit while the next decode begins."""
         command = decode.command
         try:
