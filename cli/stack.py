@@ -40,11 +40,13 @@ THREAD_WAITING: Final = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"
 """Threads that spin for long stall whoever shares the cores; threads that sleep at once make a slot
 of many small operations take twice as long. These spin for some microseconds and then sleep."""
 
-COMPILED_KERNELS: Final = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192"}
+NUM_COMPILED_KERNELS: Final = 8192
+COMPILED_KERNEL_BYTES: Final = 40 << 10
+COMPILED_KERNELS: Final = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(NUM_COMPILED_KERNELS)}
 """oneDNN compiles an operation for each of its shapes, and slots come with any number of rows, on
 different numbers of threads. The 1,024 that it keeps by itself hold a small UNet at some ten of
-them; then slots of changing sizes are compiled again and again and take twice as long. One takes
-some 30 KB."""
+them; then slots of changing sizes are compiled again and again and take twice as long. One takes up
+to some 40 KB, so a worker grows by as much as that while sizes are new to it, and then no more."""
 
 WORKER_ENVIRONMENT: Final = THREAD_WAITING | COMPILED_KERNELS
 """For processes that compute."""

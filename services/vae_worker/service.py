@@ -23,6 +23,7 @@ from services.vae_worker.model import Decoder, load_decoder
 from shared import metrics
 from shared.cuda_ipc import gpu_ipc
 from shared.device import finish_work
+from shared.device_lock import alone_on
 from shared.errors import HandleLostError, SynerDiffError
 from shared.logs import get_logger
 from shared.messages import (
@@ -43,7 +44,7 @@ from shared.messages import (
     WorkerAnnounced,
     WorkerInfo,
 )
-from shared.model_folder import model_digest
+from shared.model_folder import check_model_folder, model_digest
 from shared.records import Commit, Outcome, Records
 from shared.settings import VaeWorkerSettings, available_threads
 from shared.tasks import TaskGroup
@@ -62,6 +63,9 @@ GRANT_WAIT_S = 10.0
 """A grant bound to a slot waits at most so long for it: nothing waits for a slot that is lost."""
 
 GRANT_POLL_S = 0.002
+
+MAX_PLANS = 64
+"""How sizes are cut that were decoded lately; clients choose sizes, and there are thousands."""
 
 CHUNK_LEASE_NS = 2_000_000_000
 """A UNet worker gives way to a chunk for at most so long."""
@@ -136,7 +140,7 @@ class VaeWorkerService:
         """Load, measure, register, decode until stopped."""
         keep_helpers_serial()
         info = await self._compute.run(
-            "loading and measuring", self._start, within_s=self._settings.max_start_s
+            "loading and measuring", self._start_alone, within_s=self._settings.max_start_s
         )
         log.info("ready", decode_ms=round(info.decode_ms, 1), chunks=info.num_chunks)
         async with TaskGroup() as group:
@@ -161,6 +165,10 @@ class VaeWorkerService:
 
     # --- start ----------------------------------------------------------------------------------
 
+    def _start_alone(self) -> WorkerInfo:
+        with alone_on(self._settings.device_group or self._settings.device):
+            return self._start()
+
     def _start(self) -> WorkerInfo:
         """Load the VAE and measure a decode of the default size; runs in the compute thread.
 
@@ -168,6 +176,7 @@ class VaeWorkerService:
             ConfigurationError: The folder holds no VAE, or a profile can't be read.
         """
         settings = self._settings
+        check_model_folder(settings.model)
         self._decoder = load_decoder(settings.model, device=settings.device, dtype=settings.dtype)
         self._reader = TensorReader(ipc=gpu_ipc(self._decoder.device))
         self._granularity = choose_granularity(settings, self._decoder)
@@ -202,14 +211,16 @@ class VaeWorkerService:
 
     def _plan(self, latent_height: int, latent_width: int) -> ChunkPlan:
         size = (latent_height, latent_width)
-        if size not in self._plans:
-            self._plans[size] = plan_chunks(
-                self._decoder.vae,
-                latent_height,
-                latent_width,
-                granularity=self._granularity,
-            )
-        return self._plans[size]
+        plan = self._plans.pop(size, None) or plan_chunks(
+            self._decoder.vae,
+            latent_height,
+            latent_width,
+            granularity=self._granularity,
+        )
+        self._plans[size] = plan  # the most recently used comes last
+        if len(self._plans) > MAX_PLANS:
+            del self._plans[next(iter(self._plans))]
+        return plan
 
     def _chunks(self, latents: torch.Tensor, plan: ChunkPlan) -> Chunks:
         latents = latents.to(self._decoder.device, self._decoder.dtype)
