@@ -13,10 +13,11 @@ import math
 import os
 import random
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -138,8 +139,8 @@ class RealStack:
             GatewayError: It did not come up.
         """
         self._end("scheduler")
-        environment = {**self._scheduler.environment, "SYNERDIFF_POLICY": policy}
-        self._launch(self._scheduler, environment)
+        command = (sys.executable, "-m", "bench.scheduler", policy)
+        self._launch(replace(self._scheduler, command=command), self._scheduler.environment)
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._is_serving():
             dead = [name for name, one in self._processes.items() if one.poll() is not None]

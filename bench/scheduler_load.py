@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 
-from services.scheduler.policy import Decode, GroupView
-from services.scheduler.profile import Profile
+from services.scheduler.core.state import Request, SlotInFlight, Stage, UnetWorker
+from services.scheduler.devices.profile import Profile
+from services.scheduler.planning.policy import Decode, GroupView
+from services.scheduler.planning.threshold import Threshold
 from services.scheduler.simulation.worker_info import unet_info, vae_info
-from services.scheduler.state import Request, SlotInFlight, Stage, UnetWorker
-from services.scheduler.threshold import Threshold
 from shared import messages
 
 MAX_REQUESTS = 2_048

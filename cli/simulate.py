@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from services.scheduler.policies import POLICY_NAMES, PolicyOptions, make_policy
-from services.scheduler.profile import Profile
-from services.scheduler.profile_file import parse_profile
+from services.scheduler.devices.profile import Profile
+from services.scheduler.devices.profile_file import parse_profile
+from services.scheduler.planning.policies import POLICY_NAMES, PolicyOptions, make_policy
+from services.scheduler.planning.threshold import ThresholdRule
 from services.scheduler.simulation.arrivals import (
     PATTERNS,
     Arrival,
@@ -22,7 +23,6 @@ from services.scheduler.simulation.arrivals import (
 )
 from services.scheduler.simulation.log import SimulationLog
 from services.scheduler.simulation.simulator import Simulation, SimulationSettings
-from services.scheduler.threshold import ThresholdRule
 from shared.errors import ConfigurationError
 from shared.settings import SHIPPED_PROFILES
 

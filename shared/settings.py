@@ -17,22 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from shared.errors import ConfigurationError
 from shared.records import Retention
 
-PolicyName = Literal[
-    "static",
-    "dynamic",
-    "continuous-serial",
-    "continuous-parallel",
-    "static-with-skip",
-    "dynamic-with-skip",
-    "continuous-serial-with-skip",
-    "continuous-parallel-with-skip",
-    "continuous-parallel-naive",
-    "synerdiff",
-    "synerdiff-without-chunking",
-    "synerdiff-without-skip",
-    "synerdiff-without-planning",
-    "synerdiff-without-feedback",
-]
+PolicyName = Literal["synerdiff", "continuous-parallel"]
 
 _MAX_WAIT_S = 60.0
 _WAIT_FRACTION = 0.5
@@ -123,7 +108,7 @@ class GatewaySettings(ServiceSettings):
 class SchedulerSettings(ServiceSettings):
     """max_rows: cap on a slot, 0 leaves it to the profile. max_attempts: before giving up.
 
-    policy: guidance is skipped by synerdiff, and by the others `with-skip`. profiles: a profile's
+    policy: only synerdiff skips guidance. profiles: a profile's
     file, or a folder of them; none are needed. threshold_*: where the threshold begins and how low
     it may go. max_decode_wait_s: a decode that has waited so long is granted whatever the threshold
     says.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from services.scheduler.policies import PolicyOptions
-from services.scheduler.profile import Profile
-from services.scheduler.profile_file import parse_profile
-from services.scheduler.threshold import ThresholdRule
+from services.scheduler.devices.profile import Profile
+from services.scheduler.devices.profile_file import parse_profile
+from services.scheduler.planning.policies import PolicyOptions
+from services.scheduler.planning.threshold import ThresholdRule
 from shared.errors import ConfigurationError
 from shared.profile_files import profile_paths
 from shared.settings import SchedulerSettings

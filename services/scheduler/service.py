@@ -11,7 +11,8 @@ from typing import Final, cast, get_args
 
 from redis.asyncio import Redis
 
-from services.scheduler.commands import (
+from services.scheduler.configuration import load_profiles, policy_options
+from services.scheduler.core.commands import (
     BeginAttempt,
     Command,
     FailRequest,
@@ -22,17 +23,17 @@ from services.scheduler.commands import (
     RestartRequest,
     Send,
 )
-from services.scheduler.configuration import load_profiles, policy_options
-from services.scheduler.core import Core, CoreSettings
-from services.scheduler.dead_letters import DeadLetters
-from services.scheduler.events import AttemptRefused, Event, Tick
-from services.scheduler.kept_profiles import KeptProfiles
-from services.scheduler.policies import make_policy
-from services.scheduler.profile import Profile
-from services.scheduler.recovery import find_request
-from services.scheduler.registrations import Registrations
-from services.scheduler.status import describe, show_gauges
-from services.scheduler.store_clock import StoreClock
+from services.scheduler.core.core import Core, CoreSettings
+from services.scheduler.core.events import AttemptRefused, Event, Tick
+from services.scheduler.devices.profile import Profile
+from services.scheduler.planning.policies import make_policy
+from services.scheduler.planning.policy import Policy
+from services.scheduler.shell.dead_letters import DeadLetters
+from services.scheduler.shell.kept_profiles import KeptProfiles
+from services.scheduler.shell.recovery import find_request
+from services.scheduler.shell.registrations import Registrations
+from services.scheduler.shell.status import describe, show_gauges
+from services.scheduler.shell.store_clock import StoreClock
 from shared import codec, keys, metrics
 from shared.errors import EpochEndedError, ProtocolError
 from shared.logs import get_logger
@@ -87,11 +88,21 @@ class SchedulerService:
     Args:
         redis: The connection; the caller owns it.
         settings: As read at the start.
+        policy: Serves in place of the settings' own policy, under the name `policy_name`.
     """
 
-    def __init__(self, redis: Redis, settings: SchedulerSettings) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        settings: SchedulerSettings,
+        *,
+        policy: Policy | None = None,
+        policy_name: str = "",
+    ) -> None:
         self._redis = redis
         self._settings = settings
+        self._policy = policy or make_policy(settings.policy, policy_options(settings))
+        self._policy_name = policy_name or settings.policy
         self._profiles = load_profiles(settings.profiles)
         self._token = uuid.uuid4().hex
         self._begin = script(redis, "begin_epoch")
@@ -198,7 +209,7 @@ class SchedulerService:
         await self._clock.look()
         self._core = Core(
             epoch=epoch,
-            policy=make_policy(self._settings.policy, policy_options(self._settings)),
+            policy=self._policy,
             settings=CoreSettings(
                 max_attempts=self._settings.max_attempts,
                 recovery_s=self._settings.recovery_s,
@@ -372,7 +383,7 @@ class SchedulerService:
         await self._drop_final_entries()
         await self._dead_letters.follow()
         show_gauges(self._core)
-        status = describe(self._core, policy=self._settings.policy, now=self._clock.now())
+        status = describe(self._core, policy=self._policy_name, now=self._clock.now())
         payload = codec.encode_value(status)
         await self._writer.write(("SET", keys.STATUS, payload, "EX", keys.STATUS_TTL_S))
         READINESS.renew(keys.STATUS_TTL_S)

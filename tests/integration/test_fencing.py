@@ -8,8 +8,8 @@ import pytest
 from echo_workers import SETTINGS, echo_workers, request, submit, until_final
 from redis.asyncio import Redis
 
-from services.scheduler.registrations import Registrations
 from services.scheduler.service import SchedulerService
+from services.scheduler.shell.registrations import Registrations
 from shared import keys
 from shared.errors import EpochEndedError
 from shared.messages import BeginEpoch, CommitRefused, ImageDecoded

@@ -18,12 +18,13 @@ from hypothesis.stateful import (
 )
 from scheduler_world import POISON, World, make_request, make_worker
 
-from services.scheduler.events import Event
-from services.scheduler.liveness import Patience
-from services.scheduler.policies import MAX_SLOTS_IN_FLIGHT, POLICY_NAMES
-from services.scheduler.profile import DecodeTiming, Profile, SlotKind, SlotTiming
-from services.scheduler.skipping import skip_credits
-from services.scheduler.state import Stage
+from bench.contenders import POLICIES
+from services.scheduler.core.events import Event
+from services.scheduler.core.liveness import Patience
+from services.scheduler.core.state import Stage
+from services.scheduler.devices.profile import DecodeTiming, Profile, SlotKind, SlotTiming
+from services.scheduler.planning.policy import MAX_SLOTS_IN_FLIGHT
+from services.scheduler.planning.skipping import skip_credits
 from shared import messages
 
 PATIENCE = Patience(floor_s=3.0, first_use_s=6.0)
@@ -89,7 +90,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     world: World
 
     @initialize(
-        policy=st.sampled_from([*POLICY_NAMES, "synerdiff", "synerdiff"]),
+        policy=st.sampled_from([*POLICIES, "synerdiff", "synerdiff"]),
         is_profiled=st.booleans(),
     )
     def begin(self, policy: str, is_profiled: bool) -> None:

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scheduler_world import make_request, make_worker
 
-from services.scheduler.packing import Batch, pack_batches
-from services.scheduler.profile import profile_in_short
-from services.scheduler.state import Request, Stage, UnetWorker
-from services.scheduler.threshold import Threshold
+from services.scheduler.core.state import Request, Stage, UnetWorker
+from services.scheduler.devices.profile import profile_in_short
+from services.scheduler.planning.packing import Batch, pack_batches
+from services.scheduler.planning.threshold import Threshold
 
 INFO = make_worker("unet", "u", "u")
 UNET = UnetWorker(info=INFO, profile=profile_in_short(INFO, ()), threshold=Threshold(value=1.0))

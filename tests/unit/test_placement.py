@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from scheduler_world import make_request, make_worker
 
-from services.scheduler.placement import choose_vae, transport_of
-from services.scheduler.profile import profile_in_short
-from services.scheduler.state import Request, Stage, UnetWorker, VaeWorker
-from services.scheduler.threshold import Threshold
+from services.scheduler.core.placement import choose_vae, transport_of
+from services.scheduler.core.state import Request, Stage, UnetWorker, VaeWorker
+from services.scheduler.devices.profile import profile_in_short
+from services.scheduler.planning.threshold import Threshold
 from shared.messages import LatentsFinished, TensorHandle
 
 NO_GROUPS: frozenset[str] = frozenset()

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from scheduler_world import make_worker
 
-from services.scheduler.drift import ALONE, MAX_RATIO, WEIGHT, Drift
-from services.scheduler.durations import Durations
-from services.scheduler.profile import (
+from services.scheduler.devices.drift import ALONE, MAX_RATIO, WEIGHT, Drift
+from services.scheduler.devices.durations import Durations
+from services.scheduler.devices.profile import (
     DecodeTiming,
     Profile,
     SlotKind,
@@ -17,7 +17,7 @@ from services.scheduler.profile import (
     matching_profile,
     profile_in_short,
 )
-from services.scheduler.profile_file import format_profile, parse_profile
+from services.scheduler.devices.profile_file import format_profile, parse_profile
 from shared.errors import ConfigurationError
 from shared.messages import SlotShape
 from shared.profile_files import ChunkGranularity

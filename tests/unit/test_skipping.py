@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from scheduler_world import make_request
 
-from services.scheduler.skipping import may_skip_next
-from services.scheduler.state import Request, Stage
+from services.scheduler.core.state import Request, Stage
+from services.scheduler.planning.skipping import may_skip_next
 
 
 def a_request(*, guidance_skip: str = "balanced", num_forwards: int = 25, **fields: int) -> Request:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from services.scheduler.profile import DecodeTiming, Profile, SlotKind, interpolate
+from services.scheduler.devices.profile import DecodeTiming, Profile, SlotKind, interpolate
 from shared.messages import DenoiseSlot
 
 EVEN_SHARE = 2.0

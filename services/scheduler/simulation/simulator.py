@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from random import Random
 
-from services.scheduler.commands import FailRequest, Send
-from services.scheduler.core import Core, CoreSettings
-from services.scheduler.events import Event, Tick
-from services.scheduler.policy import Policy
-from services.scheduler.profile import Profile
+from services.scheduler.core.commands import FailRequest, Send
+from services.scheduler.core.core import Core, CoreSettings
+from services.scheduler.core.events import Event, Tick
+from services.scheduler.devices.profile import Profile
+from services.scheduler.planning.policy import Policy
 from services.scheduler.simulation.arrivals import Arrival
 from services.scheduler.simulation.device import Device
 from services.scheduler.simulation.log import SimulationLog, ThetaSample

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.scheduler.profile import Profile, num_pixels
+from services.scheduler.devices.profile import Profile, num_pixels
 from shared import messages
 
 MAX_REQUESTS = 64

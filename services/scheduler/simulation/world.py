@@ -6,8 +6,8 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from services.scheduler.events import Event
-from services.scheduler.profile import Profile, make_key
+from services.scheduler.core.events import Event
+from services.scheduler.devices.profile import Profile, make_key
 from services.scheduler.simulation.arrivals import Arrival
 from services.scheduler.simulation.clock import Clock
 from services.scheduler.simulation.log import SimulationLog
