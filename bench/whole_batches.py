@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from services.scheduler.core.state import BatchKey, Request, Stage
 from services.scheduler.devices.profile import SlotKind
 from services.scheduler.planning.continuous import skippable, split_threads
-from services.scheduler.planning.packing import MIN_ROWS, by_urgency
+from services.scheduler.planning.order import by_fair_share
+from services.scheduler.planning.packing import MIN_ROWS
 from services.scheduler.planning.policy import (
     MAX_SLOTS_IN_FLIGHT,
     WAIT,
+    DeviceView,
     Grant,
-    GroupView,
     Plan,
     WithoutThreshold,
     make_rows,
@@ -34,7 +35,7 @@ class WholeBatches(WithoutThreshold):
         """Enough residents to find equals among them."""
         return 4
 
-    def plan(self, view: GroupView) -> Plan:
+    def plan(self, view: DeviceView) -> Plan:
         """The batch under way, or its decodes, or the start of the next."""
         unfinished = [one for one in view.decodes if not one.is_done]
         started = [
@@ -62,7 +63,7 @@ class WholeBatches(WithoutThreshold):
         batch = self._next_batch(view)
         return self._slot(view, batch) if batch else WAIT
 
-    def _slot(self, view: GroupView, requests: list[Request]) -> Plan:
+    def _slot(self, view: DeviceView, requests: list[Request]) -> Plan:
         """One step of one shape; after a scheduler's restart the started ones may be several."""
         first = min(requests, key=lambda one: (one.next_step, one.request_id))
         limit = self._limit(view, first)
@@ -78,9 +79,9 @@ class WholeBatches(WithoutThreshold):
             kind=SlotKind(unet_threads=threads),
         )
 
-    def _next_batch(self, view: GroupView) -> list[Request]:
+    def _next_batch(self, view: DeviceView) -> list[Request]:
         groups: dict[tuple[BatchKey, int, bool], list[Request]] = {}
-        for request in by_urgency(view.requests, view.now):
+        for request in by_fair_share(view.requests, view.now):
             if request.has_forwards_left:
                 kind = (request.batch_key, request.num_forwards, request.is_guided)
                 groups.setdefault(kind, []).append(request)
@@ -91,7 +92,7 @@ class WholeBatches(WithoutThreshold):
                 return group[:size]
         return []
 
-    def _limit(self, view: GroupView, request: Request) -> int:
+    def _limit(self, view: DeviceView, request: Request) -> int:
         return max(MIN_ROWS, self.max_rows or view.unet.profile.knee(request.batch_key.size))
 
 

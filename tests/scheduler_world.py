@@ -23,7 +23,7 @@ from services.scheduler.core.events import AttemptRefused, Event, RequestRecover
 from services.scheduler.core.liveness import Patience
 from services.scheduler.devices.profile import Profile
 from services.scheduler.planning.policies import PolicyOptions
-from services.scheduler.planning.policy import GroupView, Plan, Policy
+from services.scheduler.planning.policy import DeviceView, Plan, Policy
 from services.scheduler.planning.threshold import Threshold
 from shared import messages
 
@@ -128,10 +128,10 @@ class TouchyPolicy:
     def first_threshold(self) -> Threshold:
         return self.policy.first_threshold()
 
-    def adjust(self, view: GroupView) -> Threshold:
+    def adjust(self, view: DeviceView) -> Threshold:
         return self.policy.adjust(view)
 
-    def plan(self, view: GroupView) -> Plan:
+    def plan(self, view: DeviceView) -> Plan:
         members = [*view.requests, *(decode.request for decode in view.decodes)]
         if any(one.request.parameters.prompt.startswith(POISON) for one in members):
             raise ArithmeticError("poison")

@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 from scheduler_world import World, make_request, make_worker
 
+from services.scheduler.core.calibration import MAX_HOLD_S, MAX_UNANSWERED, PAUSE_S
 from services.scheduler.core.commands import KeepProfile, Send
-from services.scheduler.devices.calibration import MAX_HOLD_S, MAX_UNANSWERED, PAUSE_S
 from services.scheduler.devices.measurements import (
     MAX_TOTAL_MS,
     Measured,

@@ -111,7 +111,7 @@ def in_parts() -> Durations:
 
 
 def test_a_slot_of_parts_alike_waits_for_chunks_with_one_of_them(in_parts: Durations) -> None:
-    alone = in_parts.open_to_latecomers("64x64", 8)
+    alone = in_parts.alone_with_room("64x64", 8)
     assert (alone.ms, alone.shape) == (18.0, shape(0.5))
     assert in_parts.beside("64x64", 8, 1, 1.0, shape=alone.shape).ms == pytest.approx(18 + 8)
     # Once the others are done it has their place, beside the chunks.
@@ -121,15 +121,15 @@ def test_a_slot_of_parts_alike_waits_for_chunks_with_one_of_them(in_parts: Durat
 def test_room_for_latecomers_leaves_as_many_threads_as_few_chunks_need(
     in_parts: Durations,
 ) -> None:
-    [*alone, beside] = in_parts._profile.slots
+    [*alone, beside] = in_parts.profile.slots
     threads = (4, 3, 2)
     slots = [replace(alone[0], kind=SlotKind(unet_threads=n)) for n in threads]
     slots += [
         replace(beside, kind=SlotKind(unet_threads=4 - n, vae_threads=n, chunks=2)) for n in (1, 2)
     ]
     slots[-1] = replace(slots[-1], step_ms={n: 9.0 * ms for n, ms in beside.step_ms.items()})
-    durations = Durations(replace(in_parts._profile, threads=4, slots=tuple(slots)))
-    found = durations.open_to_latecomers("64x64", 16)
+    durations = Durations(replace(in_parts.profile, threads=4, slots=tuple(slots)))
+    found = durations.alone_with_room("64x64", 16)
     assert found.shape == SlotShape(threads_beside=3, waiting_share=0.25)
 
 

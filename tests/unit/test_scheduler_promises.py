@@ -189,11 +189,11 @@ def test_what_a_slot_took_beyond_its_plan_is_owed_by_the_next_ones() -> None:
     world.settle()
     unet = next(iter(world.core.unets.values()))
     first = unet.slots[0].seq
-    planned_ms = next(spent.ms for spent in unet.ledger if spent.seq == first)
+    planned_ms = next(usage.ms for usage in unet.usage if usage.seq == first)
     world.drift = 10.0
     world.run_slot(unet.info.incarnation)
     world.settle()
-    spent_ms = next(spent.ms for spent in unet.ledger if spent.seq == first)
+    spent_ms = next(usage.ms for usage in unet.usage if usage.seq == first)
     assert planned_ms == 20.0
     assert spent_ms == 100.0
 

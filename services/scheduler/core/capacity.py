@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 
+from services.scheduler.core.cluster import Cluster
 from services.scheduler.core.state import Request, Stage, UnetWorker, VaeWorker
 from services.scheduler.devices.profile import make_key
 from services.scheduler.planning.packing import MIN_ROWS
@@ -91,7 +91,7 @@ class _Workers:
         return fmean(
             unet.durations.alone(size, knee).ms / knee
             for unet in self.unets
-            for knee in [max(MIN_ROWS, unet.profile.knee(size))]
+            for knee in [max(MIN_ROWS, unet.durations.knee(size))]
         )
 
     def encode_ms(self) -> float:
@@ -100,7 +100,7 @@ class _Workers:
 
     def decode_ms(self, size: str) -> float:
         """A device's time for one decode."""
-        decode = self.unets[0].profile.decode(size)
+        decode = self.unets[0].durations.decode(size)
         if decode:
             return sum(decode.chunk_ms)
         return fmean(vae.info.decode_ms for vae in self.vaes)
@@ -115,24 +115,15 @@ class _Workers:
 
 
 class CapacityMeter:
-    """It shares the core's state and changes none of it.
+    """Measures the pace of each model's workers; it reads the cluster and changes nothing of it.
 
     Args:
-        requests, unets, vaes: The core's own.
+        cluster: The state.
         now: The start.
     """
 
-    def __init__(
-        self,
-        requests: Mapping[str, Request],
-        unets: Mapping[str, UnetWorker],
-        vaes: Mapping[str, VaeWorker],
-        *,
-        now: float,
-    ) -> None:
-        self._requests = requests
-        self._unets = unets
-        self._vaes = vaes
+    def __init__(self, cluster: Cluster, *, now: float) -> None:
+        self._cluster = cluster
         self._paces: dict[str, Pace] = {}
         self._learned_at = now
 
@@ -159,7 +150,7 @@ class CapacityMeter:
         self._learned_at = now
         full = {
             request.batch_key.model
-            for request in self._requests.values()
+            for request in self._cluster.requests.values()
             if request.stage in {Stage.WAITING, Stage.LATENTS}
         }
         for model in full:
@@ -174,7 +165,7 @@ class CapacityMeter:
 
     def read(self) -> dict[str, Capacity]:
         """By model, of those that have workers of both kinds."""
-        models = {unet.info.model_id for unet in self._unets.values()}
+        models = {unet.info.model_id for unet in self._cluster.unets.values()}
         workers = {name: found for name in sorted(models) if (found := self._workers(name))}
         ahead = {name: self._ahead(name, found) for name, found in workers.items()}
         capacity = {}
@@ -197,7 +188,7 @@ class CapacityMeter:
         work = Work()
         row_ms: dict[str, float] = {}
         decode_ms: dict[str, float] = {}
-        for request in self._requests.values():
+        for request in self._cluster.requests.values():
             if request.batch_key.model != model:
                 continue
             size = request.batch_key.size
@@ -208,7 +199,7 @@ class CapacityMeter:
                 work.unet_ms += request.expected_forwards * request.rows * row_ms[size]
                 if request.stage is not Stage.DENOISING:
                     work.unet_ms += workers.encode_ms()
-            vae = self._vaes.get(request.vae)
+            vae = self._cluster.vaes.get(request.vae)
             num_chunks = vae.num_chunks(request.batch_key) if vae else 1
             left = max(1 - request.done_chunks / num_chunks, 0.0)
             work.vae_ms += left * decode_ms[size]
@@ -220,15 +211,19 @@ class CapacityMeter:
     def _workers(self, model: str) -> _Workers | None:
         """None where pictures can't be made."""
         unets = tuple(
-            one for one in self._unets.values() if one.info.model_id == model and one.is_usable
+            unet
+            for unet in self._cluster.unets.values()
+            if unet.info.model_id == model and unet.is_usable
         )
         vaes = tuple(
-            one for one in self._vaes.values() if one.info.model_id == model and one.is_usable
+            vae
+            for vae in self._cluster.vaes.values()
+            if vae.info.model_id == model and vae.is_usable
         )
         if not (unets and vaes):
             return None
-        unet_devices = frozenset(one.info.device_group for one in unets)
-        vae_devices = frozenset(one.info.device_group for one in vaes)
+        unet_devices = frozenset(unet.info.device_group for unet in unets)
+        vae_devices = frozenset(vae.info.device_group for vae in vaes)
         return _Workers(
             unets=unets,
             vaes=vaes,

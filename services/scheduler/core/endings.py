@@ -5,79 +5,64 @@ Whatever workers still hold of it is freed in any case.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from services.scheduler.core.cluster import Cluster
 from services.scheduler.core.commands import RestartRequest
 from services.scheduler.core.outbox import Outbox
-from services.scheduler.core.state import AT_UNET, Request, Stage, UnetWorker, VaeWorker
+from services.scheduler.core.state import AT_UNET, Request
 from shared import messages
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Endings:
-    """The backward half of the core; it shares the core's state.
+    """The ways back, over a cluster."""
 
-    Args:
-        requests, unets, vaes: The core's own.
-        outbox: Where the messages go.
-        max_attempts: A request that needs more fails.
-    """
-
-    def __init__(
-        self,
-        requests: dict[str, Request],
-        unets: dict[str, UnetWorker],
-        vaes: dict[str, VaeWorker],
-        *,
-        outbox: Outbox,
-        max_attempts: int,
-    ) -> None:
-        self._requests = requests
-        self._unets = unets
-        self._vaes = vaes
-        self._outbox = outbox
-        self._max_attempts = max_attempts
+    cluster: Cluster
+    outbox: Outbox
+    max_attempts: int
+    """A request that needs more fails; so does one whose decode has begun more often."""
 
     def restart(self, request: Request, reason: str) -> None:
         """Give the request up where it is and let it wait for a new attempt, or fail it."""
         self._leave_workers(request)
-        if request.num_attempts >= self._max_attempts:
-            del self._requests[request.request_id]
-            self._outbox.fail(
+        if request.num_attempts >= self.max_attempts:
+            self.cluster.remove(request)
+            self.outbox.fail(
                 request.request_id,
                 code="too_many_attempts",
                 reason=f"given up after {request.num_attempts} attempts; the last: {reason}",
             )
             return
-        self._outbox.add(RestartRequest(request_id=request.request_id, reason=reason))
-        request.start_over()
+        self.outbox.add(RestartRequest(request_id=request.request_id, reason=reason))
+        self.cluster.start_over(request)
 
     def fail(self, request: Request, *, code: str, reason: str) -> None:
-        """The request is final as failed."""
+        """End the request as failed."""
         self.drop(request)
-        self._outbox.fail(request.request_id, code=code, reason=reason)
+        self.outbox.fail(request.request_id, code=code, reason=reason)
 
     def drop(self, request: Request, *, committed_by: str = "") -> None:
-        """The request is final already.
+        """Free what is held of a request that is final already.
 
         committed_by: the VAE worker whose commit made it so, which has nothing more to free.
         """
         self._leave_workers(request, committed_by=committed_by)
-        del self._requests[request.request_id]
+        self.cluster.remove(request)
 
-    def lose_unet(self, incarnation: str) -> None:
-        """Its requests begin again elsewhere; finished latents are on their own."""
-        del self._unets[incarnation]
-        for request in list(self._requests.values()):
-            if request.unet == incarnation and request.stage in AT_UNET:
-                self.restart(request, "unet worker lost")
-
-    def lose_vae(self, incarnation: str) -> None:
-        """Its decodes go to another one."""
-        vae = self._vaes.pop(incarnation)
-        for request_id in vae.decodes:
-            self.decode_elsewhere(self._requests[request_id], "vae worker lost")
+    def lose_worker(self, incarnation: str) -> None:
+        """Begin a lost worker's denoising again elsewhere, and give its decodes to others."""
+        is_vae = incarnation in self.cluster.vaes
+        decodes = list(self.cluster.vaes[incarnation].decodes) if is_vae else []
+        self.cluster.remove_worker(incarnation)
+        for request in self.cluster.held_by(incarnation):
+            self.restart(request, "unet worker lost")
+        for request_id in decodes:
+            self.decode_elsewhere(self.cluster.requests[request_id], "vae worker lost")
 
     def decode_elsewhere(self, request: Request, reason: str) -> None:
         """Give a decode up where it is; it begins again, or fails if it has begun too often."""
-        if request.num_decodes >= self._max_attempts:
+        if request.num_decodes >= self.max_attempts:
             self.fail(
                 request,
                 code="too_many_attempts",
@@ -85,24 +70,20 @@ class Endings:
             )
             return
         self._cancel_decode(request)
-        request.move_to(Stage.LATENTS)
-        request.forget_decode()
+        self.cluster.wait_for_vae(request)
 
     def _cancel_decode(self, request: Request) -> None:
-        vae = self._vaes.get(request.vae)
-        if vae and request.request_id in vae.decodes:
-            vae.decodes.remove(request.request_id)
+        if self.cluster.leave_vae(request):
             cancel = messages.CancelDecode(
-                epoch=self._outbox.epoch, request_id=request.request_id, attempt=request.attempt
+                epoch=self.cluster.epoch, request_id=request.request_id, attempt=request.attempt
             )
-            self._outbox.send(request.vae, "control", cancel)
+            self.outbox.send(request.vae, "control", cancel)
 
     def _leave_workers(self, request: Request, *, committed_by: str = "") -> None:
-        if request.unet in self._unets and request.stage in AT_UNET:
-            self._outbox.release(request.unet, request.request_id, request.attempt)
-        vae = self._vaes.get(request.vae)
-        if vae and committed_by == request.vae and request.request_id in vae.decodes:
-            vae.decodes.remove(request.request_id)
+        if request.unet in self.cluster.unets and request.stage in AT_UNET:
+            self.outbox.release(request.unet, request.request_id, request.attempt)
+        if committed_by and committed_by == request.vae:
+            self.cluster.leave_vae(request)
         self._cancel_decode(request)
         if request.latents and not committed_by:
-            self._outbox.release_latents(request.latents)
+            self.outbox.release_latents(request.latents)

@@ -1,9 +1,11 @@
-"""Which workers there are, and the profile that each UNet worker is planned by."""
+"""How workers come and go, and the profile that each UNet worker is planned by."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from services.scheduler.core.cluster import Cluster
 from services.scheduler.core.commands import ForgetWorker, KeepProfile
 from services.scheduler.core.endings import Endings
 from services.scheduler.core.outbox import Outbox
@@ -15,121 +17,94 @@ from shared import messages
 from shared.messages import WorkerInfo
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
-    """How workers come and go; it shares the core's state.
+    """The coming and going of workers, over a cluster."""
 
-    Args:
-        unets, vaes: The core's own.
-        policy: Sets a new UNet worker's first threshold.
-        profiles: As measured ahead; workers that none was made for are profiled in short.
-        endings: What becomes of a lost worker's requests.
-        outbox: Where the messages go.
-    """
-
-    def __init__(
-        self,
-        unets: dict[str, UnetWorker],
-        vaes: dict[str, VaeWorker],
-        *,
-        policy: Policy,
-        profiles: Sequence[Profile],
-        endings: Endings,
-        outbox: Outbox,
-    ) -> None:
-        self._unets = unets
-        self._vaes = vaes
-        self._policy = policy
-        self._profiles = tuple(profiles)
-        self._endings = endings
-        self._outbox = outbox
+    cluster: Cluster
+    policy: Policy
+    """Sets a new UNet worker's first threshold."""
+    endings: Endings
+    """What becomes of a lost worker's requests."""
+    outbox: Outbox
 
     def register(self, info: WorkerInfo) -> None:
-        """A worker is there; whoever had its name is not any more."""
-        known = [unet.info for unet in self._unets.values()]
-        known += [vae.info for vae in self._vaes.values()]
-        for one in known:
-            if (one.worker_id, one.kind) == (info.worker_id, info.kind):
-                self.lose(one.incarnation, forgets=one.incarnation != info.incarnation)
-        reason = other_model(info, [one for one in known if self._is_there(one.incarnation)])
+        """Add a worker that is there; whoever had its name is not any more."""
+        others = [worker.info for worker in self._workers()]
+        for other in others:
+            if (other.worker_id, other.kind) == (info.worker_id, info.kind):
+                self.lose(other.incarnation, forgets=other.incarnation != info.incarnation)
+        reason = other_model(info, [worker.info for worker in self._workers()])
         if reason:
-            refuse = messages.RefuseWorker(epoch=self._outbox.epoch, reason=reason)
-            self._outbox.send(info.incarnation, "control", refuse)
+            refuse = messages.RefuseWorker(epoch=self.cluster.epoch, reason=reason)
+            self.outbox.send(info.incarnation, "control", refuse)
             return
         if info.kind == "unet":
-            self._unets[info.incarnation] = UnetWorker(
-                info=info,
-                profile=profile_in_short(info, ()),
-                threshold=self._policy.first_threshold(),
+            self.cluster.add_unet(
+                UnetWorker(
+                    info=info,
+                    profile=profile_in_short(info, ()),
+                    threshold=self.policy.first_threshold(),
+                )
             )
         else:
-            self._vaes[info.incarnation] = VaeWorker(info=info)
+            self.cluster.add_vae(VaeWorker(info=info))
         self._choose_profiles(info.device_group)
-        self._outbox.ask_what_is_held(info.incarnation)
+        self.outbox.ask_what_is_held(info.incarnation)
 
     def drain(self, incarnation: str) -> None:
-        """A worker wants to leave: nothing new goes to it."""
-        worker = self._unets.get(incarnation) or self._vaes.get(incarnation)
-        if worker:
-            worker.is_draining = True
-            leave = messages.LeaveWhenDone(epoch=self._outbox.epoch)
-            self._outbox.send(incarnation, "control", leave)
+        """Give nothing new to a worker that wants to leave."""
+        if worker := self.cluster.worker(incarnation):
+            self.cluster.drain(worker)
+            leave = messages.LeaveWhenDone(epoch=self.cluster.epoch)
+            self.outbox.send(incarnation, "control", leave)
 
     def lose(self, incarnation: str, *, forgets: bool) -> None:
-        """A worker is gone. forgets: and so is all that Redis has of it."""
-        worker = self._unets.get(incarnation) or self._vaes.get(incarnation)
-        if incarnation in self._unets:
-            self._endings.lose_unet(incarnation)
-        if incarnation in self._vaes:
-            self._endings.lose_vae(incarnation)
+        """Go on without a worker. forgets: all that Redis has of it is deleted."""
+        worker = self.cluster.worker(incarnation)
         if worker:
+            self.endings.lose_worker(incarnation)
             self._choose_profiles(worker.info.device_group)
         if forgets:
-            self._outbox.add(ForgetWorker(incarnation=incarnation))
+            self.outbox.add(ForgetWorker(incarnation=incarnation))
 
     def discard(self, incarnation: str) -> None:
-        """Do without a worker that can't be planned for; Redis goes on knowing it."""
-        if incarnation in self._unets:
-            self._endings.lose_unet(incarnation)
-        if incarnation in self._vaes:
-            self._endings.lose_vae(incarnation)
+        """Go on without a worker that can't be planned for; Redis goes on knowing it."""
+        if self.cluster.worker(incarnation):
+            self.endings.lose_worker(incarnation)
 
     def adopt(self, incarnation: str, profile: Profile) -> None:
-        """Plan a UNet worker by what was measured with it, and others that it fits."""
-        self._unets[incarnation].drift = Drift()
-        self._profiles = (*self._profiles, profile)
-        for device_group in {one.info.device_group: None for one in self._unets.values()}:
+        """Plan a UNet worker, and others that it fits, by what was measured with it."""
+        self.cluster.set_drift(self.cluster.unets[incarnation], Drift())
+        self.cluster.add_profile(profile)
+        groups = {unet.info.device_group: None for unet in self.cluster.unets.values()}
+        for device_group in groups:
             self._choose_profiles(device_group)
-        self._outbox.add(KeepProfile(profile=profile))
+        self.outbox.add(KeepProfile(profile=profile))
 
-    def unets_beside(self, vae: str) -> list[UnetWorker]:
-        """Those on the device of a VAE worker."""
-        group = self._vaes[vae].info.device_group if vae in self._vaes else ""
-        return [unet for unet in self._unets.values() if unet.info.device_group == group]
-
-    def _is_there(self, incarnation: str) -> bool:
-        return incarnation in self._unets or incarnation in self._vaes
+    def _workers(self) -> list[UnetWorker | VaeWorker]:
+        return [*self.cluster.unets.values(), *self.cluster.vaes.values()]
 
     def _choose_profiles(self, device_group: str) -> None:
-        """Of a device's UNet workers, now that who shares it has changed."""
-        unets = [one for one in self._unets.values() if one.info.device_group == device_group]
-        vaes = [one.info for one in self._vaes.values() if one.info.device_group == device_group]
-        workers = [*(unet.info for unet in unets), *vaes]
-        takes_turns = not all(one.runs_side_by_side for one in workers)
+        """Choose those of a device's UNet workers, now that who shares it has changed."""
+        unets, vaes = self.cluster.unets_on(device_group), self.cluster.vaes_on(device_group)
+        takes_turns = not all(worker.info.runs_side_by_side for worker in [*unets, *vaes])
         for unet in unets:
-            measured = matching_profile(self._profiles, unet.info)
-            profile = measured or profile_in_short(unet.info, vaes)
-            unet.takes_turns = takes_turns
-            unet.use_profile(profile.without_slots_beside() if takes_turns else profile)
+            own = [vae.info for vae in vaes if vae.info.model_id == unet.info.model_id]
+            measured = matching_profile(self.cluster.profiles, unet.info)
+            profile = measured or profile_in_short(unet.info, own)
+            profile = profile.without_slots_beside() if takes_turns else profile
+            self.cluster.use_profile(unet, profile, takes_turns=takes_turns)
 
 
 def other_model(info: WorkerInfo, others: Sequence[WorkerInfo]) -> str:
-    """Why a worker can't join these: another model of its model's name; empty if it can."""
-    for one in others:
-        has_other = one.model_id == info.model_id and one.model_digest != info.model_digest
-        if has_other and one.model_digest and info.model_digest:
+    """Return why a worker can't join others: they have another model of its name; or nothing."""
+    for other in others:
+        has_other = other.model_id == info.model_id and other.model_digest != info.model_digest
+        if has_other and other.model_digest and info.model_digest:
             return (
                 f"worker {info.worker_id} has another model {info.model_id!r} than worker "
-                f"{one.worker_id} (digests {info.model_digest} and {one.model_digest}); "
+                f"{other.worker_id} (digests {info.model_digest} and {other.model_digest}); "
                 "models that differ need folders of different names"
             )
     return ""

@@ -46,7 +46,7 @@ def loads(requests: Iterable[Request], unets: Mapping[str, UnetWorker]) -> dict[
 
 def knee(request: Request, unet: UnetWorker) -> int:
     """The rows of a full slot of the request's size."""
-    return max(MIN_ROWS, unet.profile.knee(request.batch_key.size))
+    return max(MIN_ROWS, unet.durations.knee(request.batch_key.size))
 
 
 def has_room(unet: UnetWorker, load: Load, factor: int) -> bool:
@@ -63,18 +63,18 @@ def has_room(unet: UnetWorker, load: Load, factor: int) -> bool:
 def work_ms(request: Request, unet: UnetWorker) -> float:
     """The time of the device that a request's steps still take, in full slots."""
     size = request.batch_key.size
-    knee = unet.profile.knee(size)
-    slot_ms, _ = unet.profile.slot_ms(size, knee, unet.profile.alone_kind(size))
+    knee = unet.durations.knee(size)
+    slot_ms, _ = unet.durations.slot_ms(size, knee, unet.durations.alone_kind(size))
     return request.expected_forwards * request.rows * slot_ms / knee
 
 
 def service_ms(request: Request, unet: UnetWorker) -> float:
     """The least time from admission to the decoded image, with nobody else there."""
-    profile, size = unet.profile, request.batch_key.size
-    step_ms, _ = profile.slot_ms(size, request.rows, profile.alone_kind(size))
-    decode = profile.decode(size)
+    durations, size = unet.durations, request.batch_key.size
+    step_ms, _ = durations.slot_ms(size, request.rows, durations.alone_kind(size))
+    decode = durations.decode(size)
     return (
-        profile.encode_ms
+        unet.profile.encode_ms
         + request.expected_forwards * step_ms
         + (sum(decode.chunk_ms) if decode else 0.0)
     )

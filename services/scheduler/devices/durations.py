@@ -8,137 +8,184 @@ have fewer rows, so that all parts are done together: that is a slot's *shape*.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from math import ceil
 from statistics import fmean
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
-from services.scheduler.devices.profile import Profile, SlotKind
+from services.scheduler.devices.profile import DecodeTiming, Profile, SlotKind
 from shared.messages import NO_ROOM, SlotShape
 
-WEIGHT_STEPS = 16
-"""Chunk weights are taken in sixteenths, so that few of them differ."""
+SCALE_STEPS = 16
+"""Scales of chunks are taken in sixteenths, so that few of them differ."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Timed(NamedTuple):
-    """A slot's kind, its shape, and its duration in ms."""
+    """A way to run a slot: its kind, its duration in ms, and its shape."""
 
     kind: SlotKind
     ms: float
     shape: SlotShape = NO_ROOM
 
 
+def _remembered(
+    question: Callable[Concatenate[Durations, P], T],
+) -> Callable[Concatenate[Durations, P], T]:
+    """Return the same question, which is worked out once for each of its arguments."""
+    name = question.__name__
+
+    @wraps(question)
+    def ask(self: Durations, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        key = (name, args, *kwargs.values()) if kwargs else (name, args)
+        answers = self._answers
+        if key not in answers:
+            answers[key] = question(self, *args, **kwargs)
+        return cast("T", answers[key])
+
+    return ask
+
+
 class Durations:
-    """Of one profile.
+    """The answers of one profile, remembered: planning asks for few of them, and often.
 
     Args:
         profile: It never changes; a worker that gets another one gets other durations.
     """
 
     def __init__(self, profile: Profile) -> None:
-        self._profile = profile
-        self._alone: dict[tuple[str, int], Timed] = {}
-        self._open: dict[tuple[str, int], Timed] = {}
-        self._beside: dict[tuple[str, int, int, float, SlotShape | None], Timed] = {}
-        self._counts: dict[str, tuple[int, ...]] = {}
-        self._chunk_ms: dict[str, float] = {}
+        self.profile = profile
+        self._answers: dict[object, object] = {}
 
+    @_remembered
+    def knee(self, size: str) -> int:
+        """Return the profile's `knee`."""
+        return self.profile.knee(size)
+
+    @_remembered
+    def kinds(self, size: str) -> tuple[SlotKind, ...]:
+        """Return the profile's `kinds`."""
+        return self.profile.kinds(size)
+
+    @_remembered
+    def alone_kind(self, size: str) -> SlotKind:
+        """Return the profile's `alone_kind`."""
+        return self.profile.alone_kind(size)
+
+    @_remembered
+    def decode(self, size: str) -> DecodeTiming | None:
+        """Return the profile's `decode`."""
+        return self.profile.decode(size)
+
+    @_remembered
+    def slot_ms(self, size: str, rows: int, kind: SlotKind) -> tuple[float, float]:
+        """Return the profile's `slot_ms`."""
+        return self.profile.slot_ms(size, rows, kind)
+
+    @_remembered
+    def beside_ms(self, size: str, rows: int, kind: SlotKind) -> float:
+        """Return the profile's `beside_ms`."""
+        return self.profile.beside_ms(size, rows, kind)
+
+    @_remembered
     def alone(self, size: str, rows: int) -> Timed:
-        """The fastest slot of so many rows with nothing beside it."""
-        found = self._alone.get((size, rows))
-        if found is None:
-            profile = self._profile
-            kinds = [kind for kind in profile.kinds(size) if not kind.chunks]
-            ms, kind = min((profile.slot_ms(size, rows, kind)[0], kind) for kind in kinds)
-            found = self._alone[(size, rows)] = Timed(kind, ms)
-        return found
+        """Return the fastest way to run so many rows with nothing beside them."""
+        kinds = [kind for kind in self.kinds(size) if not kind.chunks]
+        ms, kind = min((self.slot_ms(size, rows, kind)[0], kind) for kind in kinds)
+        return Timed(kind, ms)
 
-    def open_to_latecomers(self, size: str, rows: int) -> Timed:
-        """The same, in parts all alike, with room for as few chunks as any should they come."""
-        found = self._open.get((size, rows))
-        if found is None:
-            found = self.alone(size, rows)
-            counts = self.chunk_counts(size)
-            if counts:
-                kind = self.beside(size, rows, counts[0], 1.0).kind
-                shape = SlotShape(
-                    threads_beside=kind.unet_threads,
-                    waiting_share=self._num_waiting(kind) / max(self._profile.threads, 1),
-                )
-                found = found._replace(shape=shape)
-            self._open[(size, rows)] = found
-        return found
+    @_remembered
+    def alone_with_room(self, size: str, rows: int) -> Timed:
+        """Return the same in even parts, with room for as few chunks as any, should they come."""
+        alone = self.alone(size, rows)
+        counts = self.chunk_counts(size)
+        if not counts:
+            return alone
+        kind = self.beside(size, rows, counts[0], 1.0).kind
+        shape = SlotShape(
+            threads_beside=kind.unet_threads,
+            waiting_share=self._num_waiting(kind) / max(self.profile.threads, 1),
+        )
+        return alone._replace(shape=shape)
 
     def beside(
-        self, size: str, rows: int, chunks: int, weight: float, *, shape: SlotShape | None = None
+        self, size: str, rows: int, chunks: int, scale: float, *, shape: SlotShape | None = None
     ) -> Timed:
-        """The fastest slot of so many rows with chunks beside it, until both are over.
+        """Return the fastest way to run so many rows with chunks beside, until both are over.
 
-        weight: of a chunk, over one of the size's own. shape: of a slot that was sent already; None
+        scale: of a chunk, over one of the size's own. shape: of a slot that was sent already; None
         leaves it open. Only where `has_beside`.
         """
-        weight = max(round(weight * WEIGHT_STEPS), 1) / WEIGHT_STEPS
-        question = (size, rows, chunks, weight, shape)
-        found = self._beside.get(question)
-        if found is None:
-            kinds = [
-                kind
-                for kind in self._profile.beside_kinds(size)
-                if shape is None or shape.threads_beside == kind.unet_threads
-            ]
-            # Those measured with as many chunks, or the most below.
-            known = max(
-                (kind.chunks for kind in kinds if kind.chunks <= chunks),
-                default=min(kind.chunks for kind in kinds),
-            )
-            found = self._beside[question] = min(
-                (
-                    self._timed_beside(size, rows, kind, chunks * weight, shape)
-                    for kind in kinds
-                    if kind.chunks == known
-                ),
-                key=lambda one: (one.ms, one.kind),
-            )
-        return found
+        scale = max(round(scale * SCALE_STEPS), 1) / SCALE_STEPS
+        return self._beside(size, rows, chunks, scale, shape)
 
+    @_remembered
+    def _beside(
+        self, size: str, rows: int, chunks: int, scale: float, shape: SlotShape | None
+    ) -> Timed:
+        kinds = [
+            kind
+            for kind in self.beside_kinds(size)
+            if shape is None or shape.threads_beside == kind.unet_threads
+        ]
+        # Those measured with as many chunks, or the most below.
+        known = max(
+            (kind.chunks for kind in kinds if kind.chunks <= chunks),
+            default=min(kind.chunks for kind in kinds),
+        )
+        return min(
+            (
+                self._timed_beside(size, rows, kind, chunks * scale, shape)
+                for kind in kinds
+                if kind.chunks == known
+            ),
+            key=lambda timed: (timed.ms, timed.kind),
+        )
+
+    @_remembered
+    def beside_kinds(self, size: str) -> tuple[SlotKind, ...]:
+        """Return the profile's `beside_kinds`."""
+        return self.profile.beside_kinds(size)
+
+    @_remembered
     def has_beside(self, size: str, unet_threads: int) -> bool:
-        """Whether chunks were measured beside slots of that size on so many threads."""
-        kinds = self._profile.beside_kinds(size)
-        return any(kind.unet_threads == unet_threads for kind in kinds)
+        """Return whether chunks were measured beside slots of that size on so many threads."""
+        return any(kind.unet_threads == unet_threads for kind in self.beside_kinds(size))
 
+    @_remembered
     def chunk_counts(self, size: str) -> tuple[int, ...]:
-        """Numbers of chunks that were measured beside slots of that size."""
-        if size not in self._counts:
-            kinds = self._profile.beside_kinds(size)
-            self._counts[size] = tuple(sorted({kind.chunks for kind in kinds}))
-        return self._counts[size]
+        """Return the numbers of chunks that were measured beside slots of that size."""
+        return tuple(sorted({kind.chunks for kind in self.beside_kinds(size)}))
 
+    @_remembered
     def chunk_ms(self, size: str) -> float:
-        """The mean chunk of that size, alone; 0 where nothing is known."""
-        if size not in self._chunk_ms:
-            decode = self._profile.decode(size)
-            self._chunk_ms[size] = fmean(decode.chunk_ms) if decode else 0.0
-        return self._chunk_ms[size]
+        """Return the mean chunk of that size, alone; 0 where nothing is known."""
+        decode = self.decode(size)
+        return fmean(decode.chunk_ms) if decode else 0.0
 
     def _num_waiting(self, kind: SlotKind) -> int:
-        """Parts of a slot, one for each thread, that wait while the kind's chunks run."""
+        """Return the parts of a slot, one for each thread, that wait while chunks run."""
         if not kind.unet_threads:
             return 0
-        return max(self._profile.threads - kind.unet_threads, 0)
+        return max(self.profile.threads - kind.unet_threads, 0)
 
     def _timed_beside(
         self, size: str, rows: int, kind: SlotKind, chunks: float, shape: SlotShape | None
     ) -> Timed:
-        """By the rates of the kind on the same threads whose chunks overlap most: the surest."""
+        """Return how long a slot takes by the surest rates on its threads: of the most chunks."""
         split = (kind.unet_threads, kind.vae_threads)
         longest = max(
             (
-                one
-                for one in self._profile.beside_kinds(size)
-                if (one.unet_threads, one.vae_threads) == split
+                other
+                for other in self.beside_kinds(size)
+                if (other.unet_threads, other.vae_threads) == split
             ),
-            key=lambda one: one.chunks,
+            key=lambda other: other.chunks,
         )
-        _, chunks_ms = self._profile.slot_ms(size, rows, longest)
+        _, chunks_ms = self.slot_ms(size, rows, longest)
         work_ms = chunks * chunks_ms / longest.chunks
         num_waiting = self._num_waiting(kind)
         if not num_waiting:
@@ -147,7 +194,7 @@ class Durations:
         if shape:
             choice = [shape.waiting_rows(rows)]
         else:
-            choice = list(range(rows * num_waiting // self._profile.threads + 1))
+            choice = list(range(rows * num_waiting // self.profile.threads + 1))
         ms, waiting_rows = min(
             (self._in_parts_ms(size, rows, waiting, longest, work_ms), waiting)
             for waiting in choice
@@ -158,8 +205,8 @@ class Durations:
     def _in_parts_ms(
         self, size: str, rows: int, waiting_rows: int, kind: SlotKind, work_ms: float
     ) -> float:
-        """With so many of the rows in parts that wait for the chunks, or for the other parts."""
-        threads, num_waiting = self._profile.threads, self._num_waiting(kind)
+        """Return the duration with so many rows in parts that wait for chunks or other parts."""
+        threads, num_waiting = self.profile.threads, self._num_waiting(kind)
         going_on = rows - waiting_rows
         as_many_alone = ceil(going_on * threads / kind.unet_threads)
         going_on_ms = self._going_on_ms(size, going_on, as_many_alone, kind, work_ms)
@@ -171,7 +218,10 @@ class Durations:
     def _going_on_ms(
         self, size: str, rows: int, as_many_alone: int, kind: SlotKind, work_ms: float
     ) -> float:
-        """Of rows that don't wait for chunks, on the kind's threads; as many as alone on all."""
+        """Return the duration of rows that don't wait, on the kind's threads.
+
+        as_many_alone: how many rows take as long on all threads with nothing beside them.
+        """
         _, alone_ms, _ = self.alone(size, as_many_alone)
-        beside_ms = max(self._profile.beside_ms(size, rows, kind), alone_ms)
+        beside_ms = max(self.beside_ms(size, rows, kind), alone_ms)
         return alone_ms + min(work_ms, beside_ms) * (1 - alone_ms / beside_ms)

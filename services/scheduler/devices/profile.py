@@ -16,7 +16,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from statistics import fmean, median
 
 from shared.messages import WorkerInfo
@@ -107,7 +106,7 @@ ASSUMED_SKIP_LEVELS: Mapping[str, SkipLevel] = {
 """Where a profile has none: the embedded model's, by `synerdiff bench fidelity`."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
     """All timings of one model on one device, in milliseconds.
 
@@ -148,72 +147,43 @@ class Profile:
         for decode in self.decodes:
             _check_positive(f"decode {decode.key}", decode.chunk_ms)
 
-    @cached_property
-    def _slot_ms(self) -> dict[tuple[str, int, SlotKind], tuple[float, float]]:
-        return {}
-
-    @cached_property
-    def _knees(self) -> dict[str, int]:
-        return {}
-
-    @cached_property
-    def _kinds(self) -> dict[str, tuple[SlotKind, ...]]:
-        return {}
-
-    @cached_property
-    def _alone_kinds(self) -> dict[str, SlotKind]:
-        return {}
-
-    @cached_property
-    def _decodes(self) -> dict[str, DecodeTiming]:
-        return {}
-
     def knee(self, key: str) -> int:
-        """The smallest batch that is nearly as fast per row, alone, as any measured."""
-        if key not in self._knees:
-            durations, _ = self._timings(key, self.alone_kind(key))
-            best = max(rows / ms for rows, ms in durations.items())
-            self._knees[key] = min(
-                rows for rows, ms in durations.items() if rows / ms >= KNEE_FRACTION * best
-            )
-        return self._knees[key]
+        """Return the smallest batch that is nearly as fast per row, alone, as any measured."""
+        durations, _ = self._timings(key, self.alone_kind(key))
+        best = max(rows / ms for rows, ms in durations.items())
+        return min(rows for rows, ms in durations.items() if rows / ms >= KNEE_FRACTION * best)
 
     def kinds(self, key: str) -> tuple[SlotKind, ...]:
-        """The slot kinds on offer for a picture size; of threads by default only if no other."""
-        if key not in self._kinds:
-            nearest = self._nearest(key, [timing.key for timing in self.slots])
-            kinds = sorted({timing.kind for timing in self.slots if timing.key == nearest})
-            named = tuple(kind for kind in kinds if kind.unet_threads)
-            self._kinds[key] = named or tuple(kinds)
-        return self._kinds[key]
+        """Return the slot kinds on offer for a picture size.
+
+        Those of threads by default are among them only if there is no other.
+        """
+        nearest = self._nearest(key, [timing.key for timing in self.slots])
+        kinds = sorted({timing.kind for timing in self.slots if timing.key == nearest})
+        return tuple(kind for kind in kinds if kind.unet_threads) or tuple(kinds)
 
     def alone_kind(self, key: str) -> SlotKind:
-        """The fastest kind with no chunk beside it, at the largest number of rows of all kinds."""
-        if key not in self._alone_kinds:
-            alone = [kind for kind in self.kinds(key) if kind.chunks == 0]
-            rows = min(max(self._timings(key, kind)[0]) for kind in alone)
-            self._alone_kinds[key] = min(alone, key=lambda kind: self.slot_ms(key, rows, kind)[0])
-        return self._alone_kinds[key]
+        """Return the fastest kind without chunks beside it, by the most rows of all kinds."""
+        alone = [kind for kind in self.kinds(key) if kind.chunks == 0]
+        rows = min(max(self._timings(key, kind)[0]) for kind in alone)
+        return min(alone, key=lambda kind: self.slot_ms(key, rows, kind)[0])
 
     def beside_kinds(self, key: str) -> tuple[SlotKind, ...]:
-        """The kinds with chunks beside the slot."""
+        """Return the kinds with chunks beside the slot."""
         return tuple(kind for kind in self.kinds(key) if kind.chunks)
 
     def without_slots_beside(self) -> Profile:
-        """The same of a device that computes for one process at a time."""
-        return replace(self, slots=tuple(one for one in self.slots if not one.kind.chunks))
+        """Return the same of a device that computes for one process at a time."""
+        alone = tuple(timing for timing in self.slots if not timing.kind.chunks)
+        return replace(self, slots=alone)
 
     def slot_ms(self, key: str, rows: int, kind: SlotKind) -> tuple[float, float]:
-        """Durations of the forward and of the kind's chunks beside it (0 for none)."""
-        known = self._slot_ms.get((key, rows, kind))
-        if known is None:
-            step_ms, chunks_ms = self._timings(key, kind)
-            known = (interpolate(step_ms, rows), interpolate(chunks_ms, rows) if chunks_ms else 0.0)
-            self._slot_ms[(key, rows, kind)] = known
-        return known
+        """Return durations of the forward and of the kind's chunks beside it (0 for none)."""
+        step_ms, chunks_ms = self._timings(key, kind)
+        return interpolate(step_ms, rows), interpolate(chunks_ms, rows) if chunks_ms else 0.0
 
     def beside_ms(self, key: str, rows: int, kind: SlotKind) -> float:
-        """Of a slot that has the kind's chunks beside it from its beginning to its end.
+        """Return the duration of a slot that has the kind's chunks beside it all along.
 
         Chunks that were over before the slot was let its rest run as alone on the same threads.
         """
@@ -228,14 +198,9 @@ class Profile:
         return max(chunks_ms / done_beside if done_beside > 0 else step_ms, alone_ms)
 
     def decode(self, key: str) -> DecodeTiming | None:
-        """The fastest decode alone of that size, scaled by pixels from the nearest one."""
+        """Return the fastest decode alone of that size, scaled by pixels from the nearest one."""
         if not self.decodes:
             return None
-        if key not in self._decodes:
-            self._decodes[key] = self._decode(key)
-        return self._decodes[key]
-
-    def _decode(self, key: str) -> DecodeTiming:
         nearest = self._nearest(key, [timing.key for timing in self.decodes])
         same_key = [timing for timing in self.decodes if timing.key == nearest]
         named = [timing for timing in same_key if timing.threads] or same_key
@@ -243,13 +208,7 @@ class Profile:
         if nearest == key:
             return best
         scale = num_pixels(key) / num_pixels(nearest)
-        return DecodeTiming(
-            key=key,
-            threads=best.threads,
-            chunk_ms=tuple(ms * scale for ms in best.chunk_ms),
-            granularity=best.granularity,
-            spread=best.spread,
-        )
+        return replace(best, key=key, chunk_ms=tuple(ms * scale for ms in best.chunk_ms))
 
     def _timings(self, key: str, kind: SlotKind) -> tuple[dict[int, float], dict[int, float]]:
         """The two sides' durations by rows; of an unmeasured size, scaled by its pixels."""
@@ -354,24 +313,3 @@ def _check_positive(name: str, durations: object) -> None:
     values = list(durations)  # type: ignore[call-overload]
     if not values or any(ms <= 0 for ms in values):
         raise ValueError(f"{name} needs positive durations, got {values}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepProfile:
-    """Slot durations, alone on the device. step_ms: median by number of rows; not empty."""
-
-    step_ms: Mapping[int, float]
-    knee: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Find the knee once.
-
-        Raises:
-            ValueError: There is no measurement, or one is not positive.
-        """
-        if not self.step_ms:
-            raise ValueError("step_ms needs positive durations by rows")
-        _check_positive("step_ms", self.step_ms.values())
-        best = max(rows / ms for rows, ms in self.step_ms.items())
-        knee = min(rows for rows, ms in self.step_ms.items() if rows / ms >= KNEE_FRACTION * best)
-        object.__setattr__(self, "knee", knee)

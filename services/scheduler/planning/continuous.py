@@ -11,8 +11,8 @@ from services.scheduler.planning.packing import pack_batches
 from services.scheduler.planning.policy import (
     MAX_SLOTS_IN_FLIGHT,
     WAIT,
+    DeviceView,
     Grant,
-    GroupView,
     Plan,
     WithoutThreshold,
     make_rows,
@@ -21,17 +21,23 @@ from services.scheduler.planning.skipping import skippable_next
 from services.scheduler.planning.threads import DEFAULT_THREADS, ThreadSplit
 
 
-def skippable(view: GroupView, requests: Sequence[Request]) -> frozenset[str]:
-    """Every row that may skip; none while only one request is there."""
+def skippable(view: DeviceView, requests: Sequence[Request]) -> frozenset[str]:
+    """Return ids of every row that may skip; none while only one request is there."""
     if len(view.requests) + view.num_waiting <= 1:
         return frozenset()
     return skippable_next(requests, view.unet.profile)
 
 
 def make_slot(
-    view: GroupView, *, max_rows: int, skips: bool, unet_threads: int, vae_threads: int, chunks: int
+    view: DeviceView,
+    *,
+    max_rows: int,
+    skips: bool,
+    unet_threads: int,
+    vae_threads: int,
+    chunks: int,
 ) -> Plan:
-    """The next slot with those threads on each side; chunks: that run beside it, 0 for none."""
+    """Return the next slot with those threads on each side; chunks: beside it, 0 for none."""
     may_skip = skippable(view, view.requests) if skips else frozenset()
     batches = pack_batches(
         view.requests, view.unet, view.now, max_rows=max_rows, num_slots=1, may_skip=may_skip
@@ -45,20 +51,22 @@ def make_slot(
     )
 
 
-def split_threads(view: GroupView) -> ThreadSplit:
-    """The best split for a full slot of the worker's usual size."""
+def split_threads(view: DeviceView) -> ThreadSplit:
+    """Return the best split for a full slot of the worker's usual size."""
     profile = view.unet.profile
     size = view.requests[0].batch_key.size if view.requests else profile.slots[0].key
-    return ThreadSplit.best(profile, size, profile.knee(size))
+    return ThreadSplit.best(view.unet.durations, size, view.unet.durations.knee(size))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContinuousSerial(WithoutThreshold):
     """A decode has the device to itself and the UNet waits for it."""
 
-    def plan(self, view: GroupView) -> Plan:
-        """A decode if one waits and no slot is in flight; no slot while one waits or runs."""
-        unfinished = [one for one in view.decodes if one.is_assigned and not one.is_done]
+    def plan(self, view: DeviceView) -> Plan:
+        """Return a decode if one waits and no slot is in flight; no slot while there is one."""
+        unfinished = [
+            decode for decode in view.decodes if decode.is_assigned and not decode.is_done
+        ]
         if unfinished:
             decode = unfinished[0]
             if view.unet.slots or decode.is_running:
@@ -87,14 +95,13 @@ class ContinuousParallel(WithoutThreshold):
     """Decodes start whenever they arrive, beside the UNet: the usual design.
 
     Where the device takes turns, so do they.
-
-    uses_default_threads: leave both sides at the library's default instead of splitting cores.
     """
 
     uses_default_threads: bool = False
+    """Whether both sides are left at the library's default instead of splitting cores."""
 
-    def plan(self, view: GroupView) -> Plan:
-        """Every decode at once, and slots without regard to them but for the thread split."""
+    def plan(self, view: DeviceView) -> Plan:
+        """Return every decode at once, and slots that regard them in nothing but the threads."""
         if view.unet.takes_turns:
             return ContinuousSerial(max_rows=self.max_rows, skips=self.skips).plan(view)
         threads = DEFAULT_THREADS if self.uses_default_threads else split_threads(view)
@@ -109,7 +116,7 @@ class ContinuousParallel(WithoutThreshold):
         )
         if len(view.unet.slots) >= MAX_SLOTS_IN_FLIGHT:
             return Plan(grants=grants)
-        beside = [one for one in view.decodes if one.is_assigned and not one.is_done]
+        beside = [decode for decode in view.decodes if decode.is_assigned and not decode.is_done]
         slot = make_slot(
             view,
             max_rows=self.max_rows,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from statistics import fmean
 
 from services.scheduler.core.state import SlotInFlight
 from services.scheduler.devices.drift import ALONE, BESIDE, CHUNKS, Drift
@@ -18,191 +17,173 @@ from services.scheduler.planning.skipping import Skippable
 GAP_COUNTS = (1, 2, 4)
 """Chunks on offer in a gap, besides what is left of the first decodes."""
 
-Ways = dict[tuple[int, int], Timed]
+SlotTimings = dict[tuple[int, int], Timed]
 """The fastest way to run a slot, by the chunks beside it and the rows skipped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowRule:
-    """What a window is made of, and what a skipped row is worth.
+    """What a window is made of, and what a skipped row is worth."""
 
-    num_slots: UNet slots ahead; as many behind. gap_overhead_ms: what a gap costs beside its
-    chunks, two messages. max_decode_wait_s: an older decode is granted regardless. chunking: offer
-    parts of decodes. skip: offer skips. skip_price: a row is skipped where its saved time is worth
-    more than so many times itself to those who wait. batchmate_weight: how much of a waiting
-    request one in the same slot counts as.
-    """
-
+    max_rows: int = 0
+    """The most rows of a slot; 0 leaves it to the profile."""
     num_slots: int = 4
+    """UNet slots ahead; as many behind."""
     gap_overhead_ms: float = 3.0
+    """What a gap costs beside its chunks: two messages."""
     max_decode_wait_s: float = 3.0
+    """An older decode is granted regardless."""
     chunking: bool = True
+    """Whether parts of decodes are on offer."""
     skip: bool = True
+    """Whether skips are on offer."""
     skip_price: float = 0.5
-    batchmate_weight: float = 1.0
+    """A row is skipped where its saved time is worth more than so many times itself to those who
+    wait."""
+    batchmate_share: float = 1.0
+    """How much of a waiting request one in the same slot counts as."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Times:
-    """A device's durations as they have drifted, in ms."""
+class WindowFacts:
+    """What all stages of a window go by."""
 
     durations: Durations
     drift: Drift
+    decodes: Sequence[Decode]
+    """Pending, in the order of service."""
+    chunk_ms: float
+    """Of their mean chunk, alone."""
+    num_delayed: float
+    """Requests that the UNet keeps waiting while anything else runs."""
+    rule: WindowRule
 
     def alone_ms(self, size: str, rows: int) -> float:
-        """Of a slot with nothing beside it."""
+        """Return the duration of a slot with nothing beside it."""
         return self.durations.alone(size, rows).ms * self.drift.factor(ALONE)
 
-    def mean_chunk_ms(self, decodes: Sequence[Decode]) -> float:
-        """Of those decodes, alone; 0 for none."""
-        if not decodes:
-            return 0.0
-        return fmean(one.chunk_ms for one in decodes) * self.drift.factor(CHUNKS)
-
-    def chunk_weight(self, size: str, chunk_ms: float) -> float:
-        """A pending chunk in terms of one of the slot's own picture size."""
+    def chunk_scale(self, size: str) -> float:
+        """Return the pending chunks' duration over that of one of the slot's own size."""
         own_ms = self.durations.chunk_ms(size) * self.drift.factor(CHUNKS)
-        return chunk_ms / own_ms if own_ms else 1.0
+        return self.chunk_ms / own_ms if own_ms else 1.0
+
+    def chunk_counts(self, size: str) -> tuple[int, ...]:
+        """Return the numbers of chunks on offer beside a slot: whole decodes, if uncut."""
+        if not self.rule.chunking:
+            return (self.decodes[0].remaining,)
+        return self.durations.chunk_counts(size)
 
 
-def gap_options(
-    decodes: Sequence[Decode],
-    chunk_ms: float,
-    rule: WindowRule,
-    *,
-    num_delayed: float,
-    is_forced: bool,
-) -> tuple[Option, ...]:
-    """Nothing in no time, or some chunks alone; whole decodes only, where they can't be cut.
+def gap_options(facts: WindowFacts, *, is_forced: bool) -> tuple[Option, ...]:
+    """Return nothing in no time, or some chunks alone; whole decodes only, where they are uncut.
 
-    num_delayed: whom the UNet keeps waiting meanwhile.
+    is_forced: the first decode is overdue and has to be among the chunks.
     """
     nothing = Option(chunks=0, skips=0, ms=0.0)
-    if not decodes:
+    if not facts.decodes:
         return (nothing,)
-    whole = tuple(accumulate(islice((one.remaining for one in decodes), 2)))
-    counts = {whole[0], *GAP_COUNTS} if rule.chunking else set(whole)
+    whole = tuple(accumulate(islice((decode.remaining for decode in facts.decodes), 2)))
+    counts = {whole[0], *GAP_COUNTS} if facts.rule.chunking else set(whole)
     if is_forced:
         counts = {whole[0]}
     options = [nothing]
     for count in sorted(counts):
-        ms = count * chunk_ms + rule.gap_overhead_ms
-        options.append(Option(chunks=count, skips=0, ms=ms, price=num_delayed * ms))
+        ms = count * facts.chunk_ms + facts.rule.gap_overhead_ms
+        options.append(Option(chunks=count, skips=0, ms=ms, price=facts.num_delayed * ms))
     return tuple(options)
 
 
 def slot_options(
-    times: Times,
-    batch: Batch,
-    candidates: Sequence[Skippable],
-    decodes: Sequence[Decode],
-    *,
-    chunk_ms: float,
-    num_waiting: float,
-    num_delayed: float,
-    rule: WindowRule,
-) -> tuple[tuple[Option, ...], Ways]:
-    """Every (chunks beside, skips) worth offering, and the way to run each.
+    facts: WindowFacts, batch: Batch, candidates: Sequence[Skippable], num_waiting: float
+) -> tuple[tuple[Option, ...], SlotTimings]:
+    """Return every (chunks beside, skips) worth offering, and how each is run.
 
-    num_waiting: whom the time serves that skips save. num_delayed: whom the time costs that chunks
-    add to the slot.
+    candidates: who may skip, cheapest first. num_waiting: whom the time serves that skips save.
     """
-    size, rows, durations = batch.key.size, batch.rows, times.durations
-    alone, beside = times.drift.factor(ALONE), times.drift.factor(BESIDE)
-    weight = times.chunk_weight(size, chunk_ms)
-    counts: tuple[int, ...] = ()
-    if decodes and durations.chunk_counts(size):
-        counts = durations.chunk_counts(size) if rule.chunking else (decodes[0].remaining,)
-    skips_on_offer = _skips_on_offer(times, batch, candidates, num_waiting)
-    ways = {
-        (0, skips): durations.open_to_latecomers(size, rows - skips) for skips in skips_on_offer
+    size, rows, durations = batch.key.size, batch.rows, facts.durations
+    alone, beside = facts.drift.factor(ALONE), facts.drift.factor(BESIDE)
+    scale = facts.chunk_scale(size)
+    has_beside = facts.decodes and durations.chunk_counts(size)
+    skips_on_offer = _skips_on_offer(facts, batch, candidates, num_waiting)
+    timings = {
+        (0, skips): durations.alone_with_room(size, rows - skips) for skips in skips_on_offer
     }
-    alone_ms = {skips: ways[0, skips].ms * alone for skips in skips_on_offer}
+    alone_ms = {skips: timings[0, skips].ms * alone for skips in skips_on_offer}
     options = _unbeaten(
         Option(chunks=0, skips=skips, ms=alone_ms[skips], price=price)
         for skips, price in skips_on_offer.items()
     )
-    for count in counts:
+    for count in facts.chunk_counts(size) if has_beside else ():
         for skips in skips_on_offer:
-            ways[count, skips] = durations.beside(size, rows - skips, count, weight)
+            timings[count, skips] = durations.beside(size, rows - skips, count, scale)
         # Where chunks seem to make a slot faster, that is noise of the measuring.
         beside_ms = {
-            skips: max(ways[count, skips].ms * beside, ms) for skips, ms in alone_ms.items()
+            skips: max(timings[count, skips].ms * beside, ms) for skips, ms in alone_ms.items()
         }
         options += _unbeaten(
             Option(
                 chunks=count,
                 skips=skips,
                 ms=beside_ms[skips],
-                price=price + num_delayed * (beside_ms[skips] - alone_ms[skips]),
+                price=price + facts.num_delayed * (beside_ms[skips] - alone_ms[skips]),
             )
             for skips, price in skips_on_offer.items()
         )
-    return tuple(options), ways
+    return tuple(options), timings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InFlight:
-    """A slot in flight that more chunks may run beside.
-
-    options: what it takes as it is, or with more chunks. vae_threads: by the chunks added.
-    """
+class InFlightStage:
+    """A slot in flight that more chunks may run beside."""
 
     slot: SlotInFlight
     options: tuple[Option, ...]
+    """What it takes as it is, first, or with more chunks."""
     vae_threads: dict[int, int]
+    """By the chunks added."""
 
     @property
     def base_ms(self) -> float:
-        """What it takes as it is."""
+        """Return what it takes as it is."""
         return self.options[0].ms
 
 
-def in_flight(
-    times: Times,
-    slot: SlotInFlight,
-    decodes: Sequence[Decode],
-    *,
-    chunk_ms: float,
-    num_delayed: float,
-    rule: WindowRule,
-) -> InFlight | None:
-    """What may still be granted beside a slot that was sent; None where nothing may.
+def in_flight_stage(facts: WindowFacts, slot: SlotInFlight) -> InFlightStage | None:
+    """Return what may still be granted beside a slot that was sent; None where nothing may.
 
     It is taken as just begun.
     """
-    size, rows, durations = slot.key.size, slot.num_rows, times.durations
-    if slot.kind is None or not rows or all(one.is_coming for one in decodes):
+    size, rows, durations, rule = slot.key.size, slot.num_rows, facts.durations, facts.rule
+    if slot.kind is None or not rows or all(decode.is_coming for decode in facts.decodes):
         return None
     if not durations.has_beside(size, slot.shape.threads_beside):
         return None
-    weight = times.chunk_weight(size, chunk_ms)
-    beside = times.drift.factor(BESIDE)
-    totals = durations.chunk_counts(size) if rule.chunking else (decodes[0].remaining,)
+    scale = facts.chunk_scale(size)
+    beside = facts.drift.factor(BESIDE)
 
     def timed(chunks: int) -> Timed:
-        return durations.beside(size, rows, chunks, weight, shape=slot.shape)
+        return durations.beside(size, rows, chunks, scale, shape=slot.shape)
 
-    base_ms = timed(slot.chunks).ms * (beside if slot.chunks else times.drift.factor(ALONE))
+    base_ms = timed(slot.chunks).ms * (beside if slot.chunks else facts.drift.factor(ALONE))
     options, vae_threads = [Option(chunks=0, skips=0, ms=base_ms)], {}
-    for total in totals:
+    for total in facts.chunk_counts(size):
         if total > slot.chunks and (rule.chunking or not slot.chunks):
-            way = timed(total)
-            vae_threads[total - slot.chunks] = way.kind.vae_threads
-            extra_ms = max(way.ms * beside - base_ms, 0.0)
+            timing = timed(total)
+            vae_threads[total - slot.chunks] = timing.kind.vae_threads
+            extra_ms = max(timing.ms * beside - base_ms, 0.0)
             options.append(
                 Option(
                     chunks=total - slot.chunks,
                     skips=0,
                     ms=base_ms + extra_ms,
-                    price=num_delayed * extra_ms,
+                    price=facts.num_delayed * extra_ms,
                 )
             )
-    return InFlight(slot=slot, options=tuple(options), vae_threads=vae_threads)
+    return InFlightStage(slot=slot, options=tuple(options), vae_threads=vae_threads)
 
 
 def chunk_price(stages: Iterable[Sequence[Option]], num_delayed: float) -> float:
-    """What a chunk costs at most, in ms times requests that wait for the UNet, wherever it goes.
+    """Return what a chunk costs at most, in ms times requests that wait, wherever it goes.
 
     It is asked for those that a plan leaves undone, too. Were they charged the least, a plan would
     leave all that do not fit into the cheapest places, time after time, and decodes pile up.
@@ -217,25 +198,28 @@ def chunk_price(stages: Iterable[Sequence[Option]], num_delayed: float) -> float
 
 
 def _skips_on_offer(
-    times: Times, batch: Batch, candidates: Sequence[Skippable], num_waiting: float
+    facts: WindowFacts, batch: Batch, candidates: Sequence[Skippable], num_waiting: float
 ) -> dict[int, float]:
-    """As few skips as may be, all, and half way; with the price, less what their time is worth."""
+    """Return prices by numbers of skips, less what their time is worth.
+
+    On offer are as few skips as may be, all, and half way between.
+    """
     size, rows = batch.key.size, batch.rows
     least, most = min(batch.min_skips, len(candidates)), len(candidates)
-    prices = tuple(accumulate((one.price for one in candidates), initial=0.0))
+    prices = tuple(accumulate((skippable.price for skippable in candidates), initial=0.0))
     offers = {}
     for skips in sorted({least, (least + most + 1) // 2, most}):
-        saved_ms = times.alone_ms(size, rows) - times.alone_ms(size, rows - skips)
+        saved_ms = facts.alone_ms(size, rows) - facts.alone_ms(size, rows - skips)
         mean_price = prices[skips] / skips if skips else 0.0
         offers[skips] = saved_ms * (mean_price - num_waiting)
     return offers
 
 
 def _unbeaten(options: Iterable[Option]) -> list[Option]:
-    """Of options with the same chunks those that no other beats in both time and price."""
+    """Return, of options with the same chunks, those that no other beats in time and price."""
     all_options = list(options)
     return [
-        one
-        for one in all_options
-        if not any(other.ms < one.ms and other.price < one.price for other in all_options)
+        option
+        for option in all_options
+        if not any(other.ms < option.ms and other.price < option.price for other in all_options)
     ]

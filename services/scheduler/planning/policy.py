@@ -6,11 +6,11 @@ workers are the same under every policy; only the `Plan` differs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.scheduler.core.state import Outlook, Request, UnetWorker
+from services.scheduler.core.state import BatchKey, Outlook, Request, UnetWorker
 from services.scheduler.devices.profile import SlotKind
 from services.scheduler.planning.threshold import Threshold
 from shared.messages import NO_ROOM, SlotRow, SlotShape
@@ -24,89 +24,93 @@ is predicted for it; the worker has the last word."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decode:
-    """A decode on the device. num_chunks: of all its chunks. chunk_ms: of one, alone, as profiled.
-
-    is_assigned: whether it is at a VAE worker already, so that chunks can be granted.
-    """
+    """A decode on the device."""
 
     request: Request
     num_chunks: int
+    """Of all of it."""
     chunk_ms: float = 0.0
+    """Of one chunk, alone, as profiled."""
     is_assigned: bool = True
+    """Whether it is at a VAE worker already, so that chunks can be granted."""
 
     @property
     def remaining(self) -> int:
-        """Chunks that are not granted yet."""
+        """Return the number of chunks that are not granted yet."""
         return max(self.num_chunks - self.request.granted_chunks, 0)
 
     @property
     def is_coming(self) -> bool:
-        """Whether its last step is in a slot in flight."""
+        """Return whether its last step is in a slot in flight."""
         return self.request.slots_in_flight > 0
 
     @property
     def is_done(self) -> bool:
-        """Whether all its chunks have run; its image may still be on its way."""
+        """Return whether all its chunks have run; its image may still be on its way."""
         return self.request.done_chunks >= self.num_chunks
 
     @property
     def is_running(self) -> bool:
-        """Whether chunks are granted that have not run yet."""
-        return self.request.granted_chunks > self.request.done_chunks
+        """Return whether chunks are granted that have not run yet."""
+        return self.request.has_chunks_running
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GroupView:
-    """What a policy decides on.
-
-    requests: those at `unet`, in any order. decodes: those that are or will be at VAE workers that
-    share its device, assigned ones first, each part oldest first, and last those of requests whose
-    last step is in flight or was just done. num_waiting: requests that wait for admission, this
-    worker's share of them. now: seconds since the Unix epoch.
-    """
+class DeviceView:
+    """What a policy decides on: a UNet worker, and the decodes on its device."""
 
     unet: UnetWorker
     requests: Sequence[Request]
+    """Those at the worker, in any order."""
     decodes: Sequence[Decode]
-    num_waiting: float
+    """Those at VAE workers of the device, or to come there: assigned ones first, each part oldest
+    first, and last those of requests whose last step is in flight or was just done."""
+    waiting: Mapping[BatchKey, float]
+    """Requests that wait for admission, this worker's share of them, by batch key."""
     now: float
+    """Seconds since the Unix epoch."""
+
+    @property
+    def num_waiting(self) -> float:
+        """Return this worker's share of all that wait for admission."""
+        return sum(self.waiting.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """More chunks for one decode.
-
-    is_gap: with the device to itself, after the slots in flight; no slot is sent before they are
-    done. Otherwise: beside the slot of the same plan if `is_bound`, beside the slot in flight of
-    that number if `beside_seq` names one, at once if neither. extra_ms: by which it makes a slot in
-    flight longer.
-    """
+    """More chunks for one decode; at once, where nothing below says otherwise."""
 
     request_id: str
     chunks: int
     threads: int
     is_gap: bool = False
+    """Whether they have the device to themselves, after the slots in flight: no slot is sent
+    before they are done."""
     is_bound: bool = False
+    """Whether they run beside the slot of the same plan."""
     beside_seq: int = 0
+    """The number of the slot in flight that they run beside."""
     extra_ms: float = 0.0
+    """By which they make that slot longer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The next slot's rows (none: no slot now) and threads, and grants.
-
-    shape: how the slot leaves room for chunks. kind: the profile's kind of the slot, None where
-    none is known. outlook: what is promised, of policies that plan. spends: (ms planned, ms alone)
-    of this slot or gap, None for neither.
-    """
+    """The next slot and grants."""
 
     rows: tuple[SlotRow, ...] = ()
+    """Of the slot; none for no slot now."""
     threads: int = 0
+    """Of the slot."""
     shape: SlotShape = NO_ROOM
+    """How the slot leaves room for chunks."""
     kind: SlotKind | None = None
+    """The profile's kind of the slot, None where none is known."""
     grants: tuple[Grant, ...] = ()
     outlook: Outlook | None = None
-    spends: tuple[float, float] | None = None
+    """What is promised, of policies that plan."""
+    usage: tuple[float, float] | None = None
+    """(ms planned, ms alone) of this slot or gap, None for neither."""
 
 
 WAIT = Plan()
@@ -114,66 +118,61 @@ WAIT = Plan()
 
 
 class Policy(Protocol):
-    """One way to serve.
-
-    admission_factor: resident rows may reach this many knees. plans_overlap: it weighs slots beside
-    chunks, so that a profile which knows none is worth measuring them.
-    """
+    """One way to serve."""
 
     @property
     def admission_factor(self) -> int:
-        """See the class."""
+        """Return how many knees the rows at a worker may reach."""
         ...
 
     @property
     def plans_overlap(self) -> bool:
-        """See the class."""
+        """Return whether it weighs slots beside chunks, so that they are worth measuring."""
         ...
 
     def first_threshold(self) -> Threshold:
-        """Of a worker that has just come."""
+        """Return that of a worker that has just come."""
         ...
 
-    def adjust(self, view: GroupView) -> Threshold:
-        """The worker's threshold after one more slot."""
+    def adjust(self, view: DeviceView) -> Threshold:
+        """Return the worker's threshold after one more slot."""
         ...
 
-    def plan(self, view: GroupView) -> Plan:
-        """The next thing to do for this worker; an empty plan when there is nothing."""
+    def plan(self, view: DeviceView) -> Plan:
+        """Return the next thing to do for this worker; an empty plan when there is nothing."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WithoutThreshold:
-    """The part of a policy that has no threshold. max_rows: 0 leaves it to the profile's knee.
-
-    skips: let every row skip its guidance that may, as soon as more than one request is there.
-    """
+    """The part of a policy that has no threshold."""
 
     max_rows: int = 0
+    """The most rows of a slot; 0 leaves it to the profile's knee."""
     skips: bool = False
+    """Whether every row skips its guidance that may, as soon as there is more than one request."""
 
     @property
     def admission_factor(self) -> int:
-        """So that a full slot never waits for a prompt."""
+        """Return 2, so that a full slot never waits for a prompt."""
         return 2
 
     @property
     def plans_overlap(self) -> bool:
-        """What runs side by side is not weighed."""
+        """Return false: what runs side by side is not weighed."""
         return False
 
     def first_threshold(self) -> Threshold:
-        """One that nobody asks for."""
+        """Return one that nobody asks for."""
         return Threshold(value=1.0)
 
-    def adjust(self, view: GroupView) -> Threshold:
-        """The same for ever."""
+    def adjust(self, view: DeviceView) -> Threshold:
+        """Return the same for ever."""
         return view.unet.threshold
 
 
 def make_rows(requests: Sequence[Request], skipped: frozenset[str]) -> tuple[SlotRow, ...]:
-    """The slot's rows, the named ones with their guidance skipped."""
+    """Return the slot's rows, the named ones with their guidance skipped."""
     return tuple(
         SlotRow(
             request_id=request.request_id,

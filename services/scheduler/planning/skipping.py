@@ -12,7 +12,7 @@ from shared.guidance_skip import SKIP_LEVELS
 
 
 def skip_credits(request: Request, profile: Profile) -> int:
-    """How many more steps of a request its fidelity budget lets be skipped.
+    """Return how many more steps of a request its fidelity budget lets be skipped.
 
     A level's `rows_saved` is of all rows, of which a skipped step saves one of two.
     """
@@ -25,7 +25,7 @@ def skip_credits(request: Request, profile: Profile) -> int:
 
 
 def may_skip_next(request: Request) -> bool:
-    """Whether the next step not yet in flight may be skipped, as far as can be known here.
+    """Return whether the next step not in flight may be skipped, as far as is known here.
 
     The worker has the last word. Behind a full step in flight it is not known yet whether the
     request's own error allows it; how far apart the level's full steps lie is.
@@ -41,29 +41,31 @@ def may_skip_next(request: Request) -> bool:
 
 
 def skippable_next(requests: Iterable[Request], profile: Profile) -> frozenset[str]:
-    """Whose next step may be skipped, by id."""
+    """Return the ids of requests whose next step may be skipped."""
     return frozenset(
-        one.request_id for one in requests if may_skip_next(one) and skip_credits(one, profile)
+        request.request_id
+        for request in requests
+        if may_skip_next(request) and skip_credits(request, profile)
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skippable:
-    """A request whose guidance may be skipped.
-
-    budget: steps. price: of one skip, over the time that it saves. is_next: in the next slot, too.
-    """
+    """A request whose guidance may be skipped."""
 
     request: Request
     budget: int
+    """In steps."""
     price: float
+    """Of one skip, over the time that it saves."""
     is_next: bool
+    """Whether it may skip in the next slot, too."""
 
 
 def find_skippable(
     requests: Iterable[Request], profile: Profile, *, base_price: float
 ) -> list[Skippable]:
-    """Of the requests those that may skip now or later, cheapest first.
+    """Return those of the requests that may skip now or later, cheapest first.
 
     The price rises with the error last measured and with the share of the budget already spent.
     """
@@ -77,21 +79,23 @@ def find_skippable(
             spent = request.num_skipped / (request.num_skipped + budget)
             price = base_price * (0.5 + 0.5 * spent + min(request.skip_error, 1.0))
             found.append(Skippable(request=request, budget=budget, price=price, is_next=is_next))
-    found.sort(key=lambda one: (one.price, one.request.request_id))
+    found.sort(key=lambda skippable: (skippable.price, skippable.request.request_id))
     return found
 
 
 def skippable_in(
     requests: Sequence[Request], index: int, skippable: Sequence[Skippable]
 ) -> list[Skippable]:
-    """Those of the window's slot `index` that may skip there, cheapest first.
+    """Return who of the window's slot `index` may skip there, cheapest first.
 
     Later slots assume that who may skip now, or did before, may skip then, as far as the budget
     reaches.
     """
     members = {request.request_id for request in requests}
     return [
-        one
-        for one in skippable
-        if one.budget > index and (one.is_next or index) and one.request.request_id in members
+        candidate
+        for candidate in skippable
+        if candidate.budget > index
+        and (candidate.is_next or index)
+        and candidate.request.request_id in members
     ]

@@ -7,23 +7,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from services.scheduler.core.state import Outlook, Request
-from services.scheduler.devices.profile import Profile
+from services.scheduler.core.state import BatchKey, Outlook, Request
+from services.scheduler.devices.durations import Durations
 from services.scheduler.planning.options import WindowRule
-from services.scheduler.planning.packing import pack_batches
 from services.scheduler.planning.planner import Solution, greedy, solve
 from services.scheduler.planning.policy import (
     MAX_SLOTS_IN_FLIGHT,
     WAIT,
     Decode,
+    DeviceView,
     Grant,
-    GroupView,
     Plan,
     make_rows,
 )
-from services.scheduler.planning.skipping import skippable_next
+from services.scheduler.planning.problem import Window, make_window
 from services.scheduler.planning.threshold import Stretches, Threshold, ThresholdRule
-from services.scheduler.planning.window import Window, make_window
 
 MIN_DECODE_SHARE = 0.1
 """Of the device's time, in the decoder's predicted wait, however high the threshold."""
@@ -31,125 +29,122 @@ MIN_DECODE_SHARE = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SynerDiff:
-    """Continuous batching, chunks and skips planned together, with each part switchable.
-
-    chunking: decodes may run in parts. skip: guidance may be skipped. planning: a window of slots
-    ahead; off, each slot takes what it can (`greedy`) with a window of one. feedback: the
-    threshold moves with the queues; off, it stays at its first value.
-    """
+    """Continuous batching, chunks and skips planned together, with each part switchable."""
 
     max_rows: int = 0
+    """The most rows of a slot; 0 leaves it to the profile."""
     chunking: bool = True
+    """Whether decodes may run in parts."""
     skip: bool = True
+    """Whether guidance may be skipped."""
     planning: bool = True
+    """Whether a window of slots is planned; else each slot takes what it can (`greedy`)."""
     feedback: bool = True
+    """Whether the threshold moves with the queues; else it stays at its first value."""
     rule: ThresholdRule = field(default_factory=ThresholdRule)
     window: WindowRule = field(default_factory=WindowRule)
     max_decode_wait_s: float = 3.0
+    """An older decode is granted regardless of the threshold."""
 
     @property
     def admission_factor(self) -> int:
-        """So that a full slot never waits for a prompt."""
+        """Return 2, so that a full slot never waits for a prompt."""
         return 2
 
     @property
     def plans_overlap(self) -> bool:
-        """Every part of it does."""
+        """Return true: every part of it weighs what runs side by side."""
         return True
 
     def first_threshold(self) -> Threshold:
-        """Where the rule begins."""
+        """Return where the rule begins."""
         return Threshold(value=self.rule.first_value)
 
-    def adjust(self, view: GroupView) -> Threshold:
-        """The threshold after one more slot."""
+    def adjust(self, view: DeviceView) -> Threshold:
+        """Return the threshold after one more slot."""
         stretches = predict_stretches(view)
         if not self.feedback:
             return Threshold(value=view.unet.threshold.value, stretches=stretches)
         return view.unet.threshold.after_slot(self.rule, stretches)
 
-    def plan(self, view: GroupView) -> Plan:
-        """More chunks beside the slots in flight; then the next gap or slot, if one can be sent."""
-        unet = view.unet
-        if any(one.request.has_gap and one.is_running for one in view.decodes):
+    def plan(self, view: DeviceView) -> Plan:
+        """Return more chunks beside slots in flight, then the next gap or slot, if one can be sent.
+
+        Where there is no step to run, every decode gets its chunks.
+        """
+        if any(decode.request.has_gap and decode.is_running for decode in view.decodes):
             return WAIT
-        is_full = len(unet.slots) >= MAX_SLOTS_IN_FLIGHT
-        if is_full and not any(one.is_assigned and one.remaining for one in view.decodes):
+        is_full = len(view.unet.slots) >= MAX_SLOTS_IN_FLIGHT
+        if is_full and not any(decode.is_assigned and decode.remaining for decode in view.decodes):
             return WAIT
-        rule = self._window_rule()
-        batches = pack_batches(
-            view.requests,
-            unet,
-            view.now,
-            max_rows=self.max_rows,
-            num_slots=max(rule.num_slots - len(unet.slots), 1),
-            may_skip=skippable_next(view.requests, unet.profile) if self.skip else (),
-        )
-        if not batches and not unet.slots:
-            return self._decode_alone(view)
-        window = make_window(view, batches, rule)
+        window = make_window(view, self._window_rule())
+        if window is None:
+            chunks = sum(decode.remaining for decode in view.decodes)
+            queue = ChunkQueue(view.decodes, view.unet.durations)
+            return Plan(grants=queue.grant(chunks, is_gap=view.unet.takes_turns))
         if not window.problem.stages:
             return WAIT
-        return self._by_window(view, window, () if is_full or not batches else batches[0].requests)
-
-    def _by_window(self, view: GroupView, window: Window, requests: Sequence[Request]) -> Plan:
-        """What the window's solution says of now. requests: of the next slot; none for none."""
         solution = solve(window.problem) if self.planning else greedy(window.problem)
-        outlook = Outlook(
-            theta=view.unet.threshold.value,
-            planned_ms=solution.ms - window.in_flight_ms + window.past_ms,
-            alone_ms=window.alone_ms + window.past_alone_ms,
-            is_feasible=solution.is_feasible,
-            is_forced=window.is_forced,
-        )
-        queue = ChunkQueue(window.decodes, view.unet.profile)
-        grants = _beside_slots_in_flight(queue, window, solution)
-        if not requests:
-            return Plan(grants=grants, outlook=outlook)
-        gap, slot = solution.options[len(window.in_flight) :][:2]
-        in_gap = queue.grant(gap.chunks, is_gap=True)
-        if in_gap:
-            return Plan(grants=grants + in_gap, outlook=outlook, spends=(gap.ms, 0.0))
-        way = window.ways[slot.chunks, slot.skips]
-        beside = queue.grant(slot.chunks, threads=way.kind.vae_threads, is_bound=True)
-        skipped = frozenset(one.request_id for one in islice(window.skippable, slot.skips))
-        return Plan(
-            rows=make_rows(requests, skipped),
-            threads=window.ways[0, slot.skips].kind.unet_threads,
-            shape=way.shape,
-            kind=way.kind,
-            grants=grants + beside,
-            outlook=outlook,
-            spends=(slot.ms, window.first_alone_ms),
-        )
+        return _next_of(view, window, solution, () if is_full else window.requests)
 
     def _window_rule(self) -> WindowRule:
         return replace(
             self.window,
+            max_rows=self.max_rows,
             num_slots=self.window.num_slots if self.planning else 1,
             max_decode_wait_s=self.max_decode_wait_s,
             chunking=self.chunking,
             skip=self.skip,
         )
 
-    def _decode_alone(self, view: GroupView) -> Plan:
-        """No step to run: every decode gets all of its chunks, to be run one after another."""
-        queue = ChunkQueue(view.decodes, view.unet.profile)
-        chunks = sum(one.remaining for one in view.decodes)
-        return Plan(grants=queue.grant(chunks, is_gap=view.unet.takes_turns))
+
+def _next_of(
+    view: DeviceView, window: Window, solution: Solution, requests: Sequence[Request]
+) -> Plan:
+    """Return what a window's solution says of now.
+
+    requests: of the next slot; none where none can be sent.
+    """
+    outlook = Outlook(
+        theta=view.unet.threshold.value,
+        planned_ms=solution.ms - window.in_flight_ms + window.past_ms,
+        alone_ms=window.alone_ms,
+        is_feasible=solution.is_feasible,
+        is_forced=window.is_forced,
+    )
+    queue = ChunkQueue(window.decodes, view.unet.durations)
+    grants = _beside_slots_in_flight(queue, window, solution)
+    if not requests:
+        return Plan(grants=grants, outlook=outlook)
+    gap, slot = solution.options[len(window.in_flight) :][:2]
+    in_gap = queue.grant(gap.chunks, is_gap=True)
+    if in_gap:
+        return Plan(grants=grants + in_gap, outlook=outlook, usage=(gap.ms, 0.0))
+    timing = window.timings[slot.chunks, slot.skips]
+    beside = queue.grant(slot.chunks, threads=timing.kind.vae_threads, is_bound=True)
+    skipped = frozenset(request.request_id for request in islice(window.skippable, slot.skips))
+    return Plan(
+        rows=make_rows(requests, skipped),
+        threads=window.timings[0, slot.skips].kind.unet_threads,
+        shape=timing.shape,
+        kind=timing.kind,
+        grants=grants + beside,
+        outlook=outlook,
+        usage=(slot.ms, window.first_alone_ms),
+    )
 
 
 def _beside_slots_in_flight(
     queue: ChunkQueue, window: Window, solution: Solution
 ) -> tuple[Grant, ...]:
-    """What the solution adds to the slots that were sent already."""
+    """Return what the solution adds to the slots that were sent already."""
     grants: list[Grant] = []
     for sent, option in zip(window.in_flight, solution.options, strict=False):
         if option.chunks:
             threads = sent.vae_threads[option.chunks]
             added = queue.grant(option.chunks, threads=threads, beside_seq=sent.slot.seq)
             extra_ms = (option.ms - sent.base_ms) / max(len(added), 1)
-            grants += [replace(one, extra_ms=extra_ms) for one in added]
+            grants += [replace(grant, extra_ms=extra_ms) for grant in added]
     return tuple(grants)
 
 
@@ -158,13 +153,15 @@ class ChunkQueue:
 
     Args:
         decodes: In that order.
-        profile: Knows the threads that a decode takes alone.
+        durations: They know the threads that a decode takes alone.
     """
 
-    def __init__(self, decodes: Iterable[Decode], profile: Profile) -> None:
-        self._decodes = deque(one for one in decodes if one.is_assigned and one.remaining)
+    def __init__(self, decodes: Iterable[Decode], durations: Durations) -> None:
+        self._decodes = deque(
+            decode for decode in decodes if decode.is_assigned and decode.remaining
+        )
         self._num_taken = 0
-        self._profile = profile
+        self._durations = durations
 
     def grant(
         self,
@@ -175,7 +172,7 @@ class ChunkQueue:
         is_bound: bool = False,
         beside_seq: int = 0,
     ) -> tuple[Grant, ...]:
-        """The next so many of them, as far as there are.
+        """Return grants of the next so many chunks, as far as there are.
 
         threads: beside a slot; None for the decoder's best alone.
         """
@@ -201,24 +198,29 @@ class ChunkQueue:
         return tuple(grants)
 
     def _alone_threads(self, decode: Decode) -> int:
-        timing = self._profile.decode(decode.request.batch_key.size)
-        return timing.threads if timing else self._profile.threads
+        timing = self._durations.decode(decode.request.batch_key.size)
+        return timing.threads if timing else self._durations.profile.threads
 
 
-def predict_stretches(view: GroupView) -> Stretches:
-    """Predicted wait over own service time of a request that comes to each stage now.
+def predict_stretches(view: DeviceView) -> Stretches:
+    """Return the predicted wait over own service time of a request that comes to each stage now.
 
-    Ahead of the UNet: who waits for admission or for a place in a slot, at the knee's rate. Ahead
-    of the decoder: chunks not granted yet, at the share of the device that the threshold leaves.
+    Ahead of the UNet: who waits for admission or for a place in a slot, at each batch key's own
+    knee. Ahead of the decoder: chunks not granted yet, at the share of the device that the
+    threshold leaves.
     """
-    profile = view.unet.profile
-    running = [one for one in view.requests if one.has_forwards_left]
-    size = running[0].batch_key.size if running else profile.slots[0].key
-    knee = profile.knee(size)
-    own_rows = sum(one.rows for one in running) / len(running) if running else 2.0
-    beyond = max(sum(one.rows for one in running) - knee, 0.0)
-    unet = (view.num_waiting * own_rows + beyond) / knee
-    pending = [one for one in view.decodes if not one.is_coming]
-    undone = sum(one.remaining / one.num_chunks for one in pending)
+    durations = view.unet.durations
+    running: dict[BatchKey, list[Request]] = {}
+    for request in view.requests:
+        if request.has_forwards_left:
+            running.setdefault(request.batch_key, []).append(request)
+    unet = 0.0
+    for key in {**running, **view.waiting}:
+        knee, requests = durations.knee(key.size), running.get(key, ())
+        rows = sum(request.rows for request in requests)
+        own_rows = rows / len(requests) if requests else 2.0
+        unet += (view.waiting.get(key, 0.0) * own_rows + max(rows - knee, 0.0)) / knee
+    pending = [decode for decode in view.decodes if not decode.is_coming]
+    undone = sum(decode.remaining / decode.num_chunks for decode in pending)
     share = max(1 - view.unet.threshold.value, MIN_DECODE_SHARE) if running else 1.0
     return Stretches(unet=unet, vae=undone / share if undone else 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.scheduler.devices.profile import Profile
+from services.scheduler.devices.durations import Durations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,17 +17,17 @@ class ThreadSplit:
     vae_beside: int
 
     @classmethod
-    def best(cls, profile: Profile, size: str, rows: int) -> ThreadSplit:
-        """The profile's fastest; where it has no slots beside chunks, a quarter for decodes."""
-        threads = profile.threads
-        decode = profile.decode(size)
-        alone = profile.alone_kind(size).unet_threads
-        beside = profile.beside_kinds(size)
+    def best(cls, durations: Durations, size: str, rows: int) -> ThreadSplit:
+        """Return the profile's fastest; without slots beside chunks, a quarter for decodes."""
+        threads = durations.profile.threads
+        decode = durations.decode(size)
+        alone = durations.alone_kind(size).unet_threads
+        beside = durations.beside_kinds(size)
         if beside:
             most = max(kind.chunks for kind in beside)
             best = min(
                 (kind for kind in beside if kind.chunks == most),
-                key=lambda kind: max(profile.slot_ms(size, rows, kind)),
+                key=lambda kind: max(durations.slot_ms(size, rows, kind)),
             )
             unet_beside, vae_beside = best.unet_threads, best.vae_threads
         else:

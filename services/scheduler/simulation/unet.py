@@ -130,7 +130,9 @@ class SimulatedUnet:
             return
         num_rows = sum(self._num_rows(row) for row in rows)
         size = world.key(rows[0].request_id)
-        rates = slot_rates(world.profile, size, num_rows, slot=slot, vae_threads=device.vae_threads)
+        rates = slot_rates(
+            world.durations, size, num_rows, slot=slot, vae_threads=device.vae_threads
+        )
         world.log.slot(num_rows)
         parts = {FORWARD: (rates.going_on, device.unet_threads)}
         if rates.waiting:

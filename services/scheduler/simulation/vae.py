@@ -72,7 +72,7 @@ class SimulatedVae:
         device, world = self._device, self._world
         device.vae_threads = grant.threads
         rates = chunk_rates(
-            world.profile,
+            world.durations,
             world.key(grant.request_id),
             decode.done,
             unet_threads=device.unet_threads,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from services.scheduler.core.events import Event
+from services.scheduler.devices.durations import Durations
 from services.scheduler.devices.profile import Profile, make_key
 from services.scheduler.simulation.arrivals import Arrival
 from services.scheduler.simulation.clock import Clock
@@ -43,13 +44,18 @@ class SimulationSettings:
 class World:
     """See the module. arrivals: by request id. feed: give the scheduler an event now."""
 
-    profile: Profile
+    durations: Durations
     settings: SimulationSettings
     arrivals: Mapping[str, Arrival]
     log: SimulationLog
     feed: Callable[[Event], None]
     clock: Clock = field(default_factory=Clock)
     chance: random.Random = field(default_factory=random.Random)
+
+    @property
+    def profile(self) -> Profile:
+        """Return the profile of every device."""
+        return self.durations.profile
 
     def tell(self, event: Event) -> None:
         """Send the scheduler an event; it arrives a little later."""

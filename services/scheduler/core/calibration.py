@@ -8,14 +8,14 @@ most every `PAUSE_S`. Meanwhile nothing else is sent to the device, which `run` 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from services.scheduler.core.checks import explain
+from services.scheduler.core.cluster import Cluster
 from services.scheduler.core.commands import ParkEvent
 from services.scheduler.core.fleet import Fleet
 from services.scheduler.core.outbox import Outbox
-from services.scheduler.core.state import Request, Stage, UnetWorker, VaeWorker
+from services.scheduler.core.state import Stage, UnetWorker, VaeWorker
 from services.scheduler.devices.measurements import (
     Measured,
     Measurement,
@@ -38,7 +38,7 @@ MAX_UNANSWERED = 3
 
 
 @dataclass(slots=True, kw_only=True)
-class Turn:
+class PendingMeasurement:
     """A measurement under way. step_ms, chunk_ms: answers, None until they are there."""
 
     number: int
@@ -58,7 +58,7 @@ class Turn:
 
 
 @dataclass(slots=True, kw_only=True)
-class Course:
+class Run:
     """All measurements of one UNet worker.
 
     not_before: of the next one, whatever happens. due_at: of the next one while there is something
@@ -67,7 +67,7 @@ class Course:
 
     todo: deque[Measurement]
     found: dict[Measurement, Measured] = field(default_factory=dict)
-    turn: Turn | None = None
+    pending: PendingMeasurement | None = None
     not_before: float = 0.0
     due_at: float = 0.0
     holds_since: float | None = None
@@ -75,32 +75,21 @@ class Course:
 
 
 class Calibration:
-    """It shares the core's state and changes none of it but through the fleet.
+    """Has workers measured; it changes the cluster through the fleet only.
 
     Args:
-        requests, unets, vaes: The core's own.
+        cluster: The state.
         fleet: Takes the profiles that come of it.
         outbox: Where the messages go.
         is_wanted: Whether the policy makes use of it; else nothing is ever measured.
     """
 
-    def __init__(
-        self,
-        requests: Mapping[str, Request],
-        unets: Mapping[str, UnetWorker],
-        vaes: Mapping[str, VaeWorker],
-        *,
-        fleet: Fleet,
-        outbox: Outbox,
-        is_wanted: bool,
-    ) -> None:
-        self._requests = requests
-        self._unets = unets
-        self._vaes = vaes
+    def __init__(self, cluster: Cluster, *, fleet: Fleet, outbox: Outbox, is_wanted: bool) -> None:
+        self._cluster = cluster
         self._fleet = fleet
         self._outbox = outbox
         self._is_wanted = is_wanted
-        self._courses: dict[str, Course] = {}
+        self._runs: dict[str, Run] = {}
         self._given_up: set[str] = set()
         self._last_number = 0
 
@@ -108,11 +97,11 @@ class Calibration:
         """Begin and end what is due; the device groups to which nothing else may be sent."""
         if not self._is_wanted:
             return frozenset()
-        for name in [one for one in self._courses if one not in self._unets]:
-            del self._courses[name]
+        for name in [one for one in self._runs if one not in self._cluster.unets]:
+            del self._runs[name]
         taken: set[str] = set()
         resting = set()
-        for name, unet in self._unets.items():
+        for name, unet in self._cluster.unets.items():
             group = unet.info.device_group
             if group in taken or not self._needs_it(name, unet):
                 continue
@@ -122,26 +111,28 @@ class Calibration:
                     resting.add(group)
             except Exception as error:  # noqa: BLE001  whatever was measured, its profile will do
                 self._given_up.add(name)
-                self._courses.pop(name, None)
+                self._runs.pop(name, None)
                 registered = messages.WorkerRegistered(worker=unet.info)
                 self._outbox.add(ParkEvent(event=registered, reason=explain(error)))
         return frozenset(resting)
 
     def note_slot(self, event: messages.SlotMeasured) -> None:
         """The UNet worker's part."""
-        course = self._courses.get(event.incarnation)
-        if course and course.turn and self._is_of(course.turn, event):
-            course.turn.step_ms = event.step_ms
+        run = self._runs.get(event.incarnation)
+        if run and run.pending and self._is_of(run.pending, event):
+            run.pending.step_ms = event.step_ms
 
     def note_chunks(self, event: messages.ChunksMeasured) -> None:
         """The VAE worker's part."""
-        for course in self._courses.values():
-            turn = course.turn
-            if turn and turn.vae == event.incarnation and self._is_of(turn, event):
-                turn.chunk_ms = event.chunk_ms
+        for run in self._runs.values():
+            pending = run.pending
+            if pending and pending.vae == event.incarnation and self._is_of(pending, event):
+                pending.chunk_ms = event.chunk_ms
 
-    def _is_of(self, turn: Turn, event: messages.SlotMeasured | messages.ChunksMeasured) -> bool:
-        return (event.epoch, event.number) == (self._outbox.epoch, turn.number)
+    def _is_of(
+        self, pending: PendingMeasurement, event: messages.SlotMeasured | messages.ChunksMeasured
+    ) -> bool:
+        return (event.epoch, event.number) == (self._outbox.epoch, pending.number)
 
     def _needs_it(self, name: str, unet: UnetWorker) -> bool:
         if not unet.is_usable or unet.takes_turns or name in self._given_up:
@@ -151,23 +142,23 @@ class Calibration:
     def _advance(self, name: str, unet: UnetWorker, now: float) -> bool:
         """Whether the device is to be left alone."""
         vae = self._partner(unet)
-        course = self._courses.get(name)
-        if course is None:
+        run = self._runs.get(name)
+        if run is None:
             if vae is None:
                 return False
             todo = list_measurements(unet.profile, unet.info, vae.info)
-            course = self._courses[name] = Course(todo=deque(todo))
-        if course.turn:
-            self._end_turn(course, course.turn, now)
-            if course.turn:
+            run = self._runs[name] = Run(todo=deque(todo))
+        if run.pending:
+            self._end_measurement(run, run.pending, now)
+            if run.pending:
                 return True
-        if not course.todo or course.num_unanswered >= MAX_UNANSWERED:
-            self._end_course(name, unet, course)
+        if not run.todo or run.num_unanswered >= MAX_UNANSWERED:
+            self._end_run(name, unet, run)
             return False
-        if vae is None or not self._may_begin(unet, course, now):
+        if vae is None or not self._may_begin(unet, run, now):
             return False
         if self._is_at_rest(unet.info.device_group):
-            self._begin_turn(name, unet, vae, course, now)
+            self._begin_measurement(name, unet, vae, run, now)
         return True
 
     def _partner(self, unet: UnetWorker) -> VaeWorker | None:
@@ -175,49 +166,41 @@ class Calibration:
         wanted = (unet.info.device_group, unet.info.model_id)
         fitting = (
             vae
-            for vae in self._vaes.values()
+            for vae in self._cluster.vaes.values()
             if (vae.info.device_group, vae.info.model_id) == wanted and vae.is_usable
         )
         return next(fitting, None)
 
-    # --- turns ----------------------------------------------------------------------------------
+    # --- one measurement ------------------------------------------------------------------------
 
-    def _may_begin(self, unet: UnetWorker, course: Course, now: float) -> bool:
+    def _may_begin(self, unet: UnetWorker, run: Run, now: float) -> bool:
         """Whether the next measurement is due, and the device has not kept it waiting too long."""
         is_serving = any(
-            request.batch_key.model == unet.info.model_id for request in self._requests.values()
+            request.batch_key.model == unet.info.model_id
+            for request in self._cluster.requests.values()
         )
-        if now < course.not_before or (is_serving and now < course.due_at):
+        if now < run.not_before or (is_serving and now < run.due_at):
             return False
-        if course.holds_since is None:
-            course.holds_since = now
-        if now - course.holds_since > MAX_HOLD_S:
-            self._pause(course, now)
+        if run.holds_since is None:
+            run.holds_since = now
+        if now - run.holds_since > MAX_HOLD_S:
+            self._pause(run, now)
             return False
         return True
 
     def _is_at_rest(self, group: str) -> bool:
-        """Whether nothing runs or is on its way on the device."""
-        for name, unet in self._unets.items():
-            if unet.info.device_group == group and (
-                unet.slots
-                or any(
-                    request.stage is Stage.ENCODING and request.unet == name
-                    for request in self._requests.values()
-                )
-            ):
+        """Return whether nothing runs or is on its way on the device."""
+        for unet in self._cluster.unets_on(group):
+            held = self._cluster.held_by(unet.info.incarnation)
+            if unet.slots or any(request.stage is Stage.ENCODING for request in held):
                 return False
-        return not any(
-            self._requests[request_id].granted_chunks > self._requests[request_id].done_chunks
-            for vae in self._vaes.values()
-            if vae.info.device_group == group
-            for request_id in vae.decodes
-        )
+        decodes = self._cluster.decodes_on(group)
+        return not any(request.has_chunks_running for request in decodes)
 
-    def _begin_turn(
-        self, name: str, unet: UnetWorker, vae: VaeWorker, course: Course, now: float
+    def _begin_measurement(
+        self, name: str, unet: UnetWorker, vae: VaeWorker, run: Run, now: float
     ) -> None:
-        one = course.todo.popleft()
+        one = run.todo.popleft()
         self._last_number += 1
         height, _, width = unet.profile.slots[0].key.partition("x")
         if one.rows:
@@ -241,38 +224,38 @@ class Calibration:
                 window_ms=one.window_ms,
             )
             self._outbox.send(vae.info.incarnation, "control", measure_chunks)
-        course.holds_since = None
-        course.turn = Turn(
+        run.holds_since = None
+        run.pending = PendingMeasurement(
             number=self._last_number,
             measurement=one,
             vae=vae.info.incarnation,
             overdue_at=now + 3 * one.window_ms / 1000 + ANSWER_S,
         )
 
-    def _end_turn(self, course: Course, turn: Turn, now: float) -> None:
+    def _end_measurement(self, run: Run, pending: PendingMeasurement, now: float) -> None:
         """Note what was found; or take it again where a worker is gone or keeps silent."""
-        is_vae_gone = turn.vae not in self._vaes
-        if turn.is_over:
-            course.found[turn.measurement] = Measured(
-                step_ms=turn.step_ms or 0.0, chunk_ms=turn.chunk_ms or ()
+        is_vae_gone = pending.vae not in self._cluster.vaes
+        if pending.is_over:
+            run.found[pending.measurement] = Measured(
+                step_ms=pending.step_ms or 0.0, chunk_ms=pending.chunk_ms or ()
             )
-            course.due_at = now + PAUSE_S
-            course.turn = None
-        elif is_vae_gone or now >= turn.overdue_at:
-            course.num_unanswered += not is_vae_gone
-            course.todo.appendleft(turn.measurement)
-            course.turn = None
-            self._pause(course, now)
+            run.due_at = now + PAUSE_S
+            run.pending = None
+        elif is_vae_gone or now >= pending.overdue_at:
+            run.num_unanswered += not is_vae_gone
+            run.todo.appendleft(pending.measurement)
+            run.pending = None
+            self._pause(run, now)
 
-    def _pause(self, course: Course, now: float) -> None:
+    def _pause(self, run: Run, now: float) -> None:
         """Let others go on, and what may still be measured come to its end."""
-        course.holds_since = None
-        course.not_before = course.due_at = now + PAUSE_S
+        run.holds_since = None
+        run.not_before = run.due_at = now + PAUSE_S
 
-    def _end_course(self, name: str, unet: UnetWorker, course: Course) -> None:
-        del self._courses[name]
-        profile = complete_profile(unet.profile, course.found, made_with=name)
-        if profile is None or course.todo:
+    def _end_run(self, name: str, unet: UnetWorker, run: Run) -> None:
+        del self._runs[name]
+        profile = complete_profile(unet.profile, run.found, made_with=name)
+        if profile is None or run.todo:
             self._given_up.add(name)
         else:
             self._fleet.adopt(name, profile)
