@@ -155,7 +155,19 @@ def test_a_profile_survives_its_file() -> None:
     assert parse_profile(format_profile(without)) == without
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "synerdiff-profile", "version": 2}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": "synerdiff-profile", "version": 2}',
+        format_profile(PROFILE).replace('"version": 2', '"version": 1'),
+        format_profile(PROFILE).replace('"threads": 2', '"threads": "two"'),
+        format_profile(PROFILE).replace('"unet_threads"', '"threads_of_the_unet"'),
+        format_profile(PROFILE).replace('"step_ms": {', '"step_ms": {"one": 1.0, '),
+    ],
+)
 def test_a_file_that_is_no_profile_is_refused_by_name(text: str) -> None:
     with pytest.raises(ConfigurationError, match=r"here\.json"):
         parse_profile(text, name="here.json")
