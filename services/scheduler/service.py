@@ -12,23 +12,12 @@ from typing import Final, cast, get_args
 from redis.asyncio import Redis
 
 from services.scheduler.configuration import load_profiles, policy_options
-from services.scheduler.core.commands import (
-    BeginAttempt,
-    Command,
-    FailRequest,
-    ForgetWorker,
-    KeepProfile,
-    ParkEvent,
-    ReportProgress,
-    RestartRequest,
-    Send,
-)
 from services.scheduler.core.core import Core, CoreSettings
-from services.scheduler.core.events import AttemptRefused, Event, Tick
-from services.scheduler.devices.profile import Profile
+from services.scheduler.core.events import Event, Tick
 from services.scheduler.planning.policies import make_policy
 from services.scheduler.planning.policy import Policy
 from services.scheduler.shell.dead_letters import DeadLetters
+from services.scheduler.shell.executor import Executor
 from services.scheduler.shell.kept_profiles import KeptProfiles
 from services.scheduler.shell.recovery import find_request
 from services.scheduler.shell.registrations import Registrations
@@ -38,12 +27,9 @@ from shared import codec, keys, metrics
 from shared.errors import EpochEndedError, ProtocolError
 from shared.logs import get_logger
 from shared.messages import (
-    DenoiseSlot,
     GenerateImage,
     ImageDecoded,
     RequestCancelled,
-    RequestProgress,
-    RequestsProgressed,
     ToScheduler,
     WorkerLost,
     WorkerRegistered,
@@ -52,11 +38,10 @@ from shared.patience import PatientRedis
 from shared.probe import READINESS
 from shared.records import FINAL_STATES, Records
 from shared.settings import SchedulerSettings
-from shared.streams import Buried, Entry, Streams, Writer, script
+from shared.streams import Entry, Streams, Writer, script
 
 LEASE_MS = 2_000
 HOUSEKEEPING_S = 0.5
-PROGRESS_S = 0.1
 PAUSE_GRACE_S = 10.0
 """Workers that a paused store kept from their heartbeats have so long to catch up."""
 
@@ -113,8 +98,6 @@ class SchedulerService:
         self._core: Core
         self._positions = {keys.SCHEDULER: "0", keys.REQUESTS: "0"}
         self._open_entries: dict[str, list[str]] = {}
-        self._progress: dict[str, RequestProgress] = {}
-        self._next_progress = 0.0
         self._is_stopping = asyncio.Event()
 
     def stop(self) -> None:
@@ -135,7 +118,7 @@ class SchedulerService:
         handled: list[str] = []
         while not self._is_stopping.is_set():
             handled += await self._read_and_handle()
-            await self._report_progress()
+            await self._executor.report_progress(self._core.requests)
             if time.monotonic() >= next_housekeeping:
                 await self._housekeep()
                 await self._streams.delete(keys.SCHEDULER, handled)
@@ -150,7 +133,7 @@ class SchedulerService:
         )
         for entry in reading.entries:
             self._positions[entry.stream] = entry.entry_id
-        self._count_buried(reading.buried)
+        self._executor.count_buried(reading.buried)
         closed = await self._find_closed(reading.entries)
         await self._handle([self._event(entry) for entry in reading.entries if entry not in closed])
         return [entry.entry_id for entry in reading.entries if entry.stream == keys.SCHEDULER]
@@ -202,7 +185,13 @@ class SchedulerService:
         self._streams = Streams(self._redis, epoch=epoch, record_ttl_s=retention.record_ttl_s)
         self._records = Records(self._redis, retention, epoch)
         self._registrations = Registrations(self._redis, self._writer)
-        self._kept_profiles = KeptProfiles(self._redis, self._writer)
+        kept_profiles = KeptProfiles(self._redis, self._writer)
+        self._executor = Executor(
+            streams=self._streams,
+            records=self._records,
+            registrations=self._registrations,
+            kept_profiles=kept_profiles,
+        )
         await self._mend_keys([keys.DEAD_LETTERS])
         await self._dead_letters.begin()
         await self._mend_keys(EXPECTED)
@@ -213,7 +202,7 @@ class SchedulerService:
             settings=CoreSettings(
                 max_attempts=self._settings.max_attempts,
                 recovery_s=self._settings.recovery_s,
-                profiles=(*self._profiles, *await self._kept_profiles.read()),
+                profiles=(*self._profiles, *await kept_profiles.read()),
             ),
             now=self._clock.now(),
         )
@@ -233,7 +222,7 @@ class SchedulerService:
             reading = await self._streams.read_all(
                 {keys.REQUESTS: self._positions[keys.REQUESTS]}, count=256, kinds=KINDS
             )
-            self._count_buried(reading.buried)
+            self._executor.count_buried(reading.buried)
             if not (reading.entries or reading.buried):
                 return num_open
             for entry in reading.entries:
@@ -248,7 +237,7 @@ class SchedulerService:
         except ProtocolError as error:
             fields = {b"m": codec.encode(request), b"r": request.request_id.encode()}
             buried = await self._streams.bury(entry.stream, entry.entry_id, fields, str(error))
-            self._count_buried([buried])
+            self._executor.count_buried([buried])
             return False
         if event is None:
             await self._streams.delete(keys.REQUESTS, [entry.entry_id])
@@ -263,90 +252,10 @@ class SchedulerService:
             return
         for event in events:
             self._count_finished(event)
-        refused = await self._execute(self._core.on_events(events, self._clock.now()))
+        refused = await self._executor.execute(self._core.on_events(events, self._clock.now()))
         if refused:
             # Final, or gone: the core gives up what it holds of them.
-            await self._execute(self._core.on_events(refused, self._clock.now()))
-
-    async def _execute(self, commands: Sequence[Command]) -> list[AttemptRefused]:
-        """Attempts are named before anything of theirs is sent; sends keep their order.
-
-        Returns:
-            The attempts that the store has refused; nothing of theirs was sent.
-        """
-        begun = [command for command in commands if isinstance(command, BeginAttempt)]
-        answers = await asyncio.gather(
-            *(self._records.begin_attempt(item.request_id, item.attempt) for item in begun)
-        )
-        refused = {
-            (item.request_id, item.attempt)
-            for item, is_begun in zip(begun, answers, strict=True)
-            if not is_begun
-        }
-        sends = []
-        for command in commands:
-            match command:
-                case Send(message=message) if _attempt_of(message) in refused:
-                    pass
-                case Send(incarnation=incarnation, lane=lane, message=message):
-                    stream = keys.work if lane == "work" else keys.control
-                    sends.append((stream(incarnation), message))
-                    if isinstance(message, DenoiseSlot):
-                        metrics.SLOTS.labels(kind=message.kind).inc()
-                case RestartRequest(request_id=request_id, reason=reason):
-                    metrics.REDELIVERIES.labels(reason=reason).inc()
-                    log.warning("request starts again", request_id=request_id, reason=reason)
-                case ReportProgress(items=items):
-                    self._progress.update({item.request_id: item for item in items})
-        await self._streams.send_to_workers(sends)
-        await self._note(commands)
-        return [AttemptRefused(request_id=name, attempt=attempt) for name, attempt in refused]
-
-    async def _report_progress(self) -> None:
-        """To all gateways, a few times a second: each slot would be more than anybody can watch."""
-        if self._progress and time.monotonic() >= self._next_progress:
-            # Those that are over by now have been told so.
-            items = tuple(
-                one for name, one in self._progress.items() if name in self._core.requests
-            )
-            self._progress.clear()
-            self._next_progress = time.monotonic() + PROGRESS_S
-            if items:
-                await self._streams.notify(RequestsProgressed(items=items))
-
-    async def _note(self, commands: Sequence[Command]) -> None:
-        """What lasts: final states, lost workers, profiles."""
-        for command in commands:
-            match command:
-                case FailRequest(request_id=request_id, code=code, reason=reason):
-                    log.warning("request failed", request_id=request_id, code=code, reason=reason)
-                    if await self._records.fail(request_id, code=code, reason=reason):
-                        metrics.REQUESTS_FINISHED.labels(state="failed").inc()
-                case ParkEvent(event=event, reason=reason):
-                    await self._park(event, reason)
-                case ForgetWorker(incarnation=incarnation):
-                    log.warning("worker lost", incarnation=incarnation)
-                    await self._registrations.forget(incarnation)
-                case KeepProfile(profile=profile):
-                    await self._keep(profile)
-
-    async def _park(self, event: Event, reason: str) -> None:
-        """An event that the core could make nothing of; what it names fails by another command."""
-        name = type(event).__name__
-        stream = keys.REQUESTS if isinstance(event, GenerateImage) else keys.SCHEDULER
-        payload = codec.encode(event) if isinstance(event, get_args(ToScheduler)) else name.encode()
-        buried = await self._streams.bury(stream, "0-0", {b"m": payload}, f"{name}: {reason}")
-        self._count_buried([buried])
-
-    async def _keep(self, profile: Profile) -> None:
-        key = profile.slots[0].key
-        log.info(
-            "profile completed",
-            model=profile.model_id,
-            knee=profile.knee(key),
-            slots_beside_chunks=len(profile.beside_kinds(key)),
-        )
-        await self._kept_profiles.keep(profile)
+            await self._executor.execute(self._core.on_events(refused, self._clock.now()))
 
     def _count_finished(self, event: Event) -> None:
         """Each of these comes once, from the call that made the request final."""
@@ -361,11 +270,6 @@ class SchedulerService:
                 metrics.REQUESTS_FINISHED.labels(state="cancelled").inc()
             case _:
                 pass
-
-    def _count_buried(self, buried: Iterable[Buried]) -> None:
-        for entry in buried:
-            if entry.has_failed:
-                metrics.REQUESTS_FINISHED.labels(state="failed").inc()
 
     # --- housekeeping ---------------------------------------------------------------------------
 
@@ -410,8 +314,3 @@ class SchedulerService:
 
 def _request_of(entry: Entry) -> str:
     return cast("GenerateImage", entry.message).request_id
-
-
-def _attempt_of(message: object) -> tuple[str, str]:
-    """Whose message it is, where it is one request's."""
-    return getattr(message, "request_id", ""), getattr(message, "attempt", "")
