@@ -26,25 +26,28 @@ from services.scheduler.planning.policy import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WholeBatches(WithoutThreshold):
-    """max_wait_s: a batch that is not full starts once its oldest request has waited so long."""
+    """One batch after the other, each from its first step to its last decode."""
 
     max_wait_s: float
+    """A batch that is not full starts once its oldest request has waited so long."""
 
     @property
     def admission_factor(self) -> int:
-        """Enough residents to find equals among them."""
+        """Return 4: enough residents to find equals among them."""
         return 4
 
     def plan(self, view: DeviceView) -> Plan:
-        """The batch under way, or its decodes, or the start of the next."""
-        unfinished = [one for one in view.decodes if not one.is_done]
+        """Return the batch under way, or its decodes, or the start of the next."""
+        unfinished = [decode for decode in view.decodes if not decode.is_done]
         started = [
-            one for one in view.requests if one.stage is Stage.DENOISING and one.next_step > 0
+            request
+            for request in view.requests
+            if request.stage is Stage.DENOISING and request.next_step > 0
         ]
         if len(view.unet.slots) >= MAX_SLOTS_IN_FLIGHT:
             return WAIT
         if started:
-            lasting = [one for one in started if one.has_forwards_left]
+            lasting = [request for request in started if request.has_forwards_left]
             return self._slot(view, lasting) if lasting else WAIT
         if unfinished:
             threads = split_threads(view).vae_alone
@@ -64,13 +67,15 @@ class WholeBatches(WithoutThreshold):
         return self._slot(view, batch) if batch else WAIT
 
     def _slot(self, view: DeviceView, requests: list[Request]) -> Plan:
-        """One step of one shape; after a scheduler's restart the started ones may be several."""
-        first = min(requests, key=lambda one: (one.next_step, one.request_id))
+        """Return one step of one shape; after a restart the started ones may be several."""
+        ordered = sorted(requests, key=lambda request: (request.next_step, request.request_id))
+        first = ordered[0]
         limit = self._limit(view, first)
         same: list[Request] = []
-        for one in sorted(requests, key=lambda one: (one.next_step, one.request_id)):
-            if one.batch_key == first.batch_key and sum(r.rows for r in same) + one.rows <= limit:
-                same.append(one)
+        for request in ordered:
+            rows = sum(other.rows for other in same) + request.rows
+            if request.batch_key == first.batch_key and rows <= limit:
+                same.append(request)
         threads = split_threads(view).unet_alone
         skipped = skippable(view, tuple(same)) if self.skips else frozenset()
         return Plan(
@@ -97,10 +102,10 @@ class WholeBatches(WithoutThreshold):
 
 
 def static_batching(*, max_rows: int, skips: bool) -> WholeBatches:
-    """Full batches; the wait is only there so that a last one that never fills is served."""
+    """Return full batches; the wait only serves a last one that never fills."""
     return WholeBatches(max_rows=max_rows, skips=skips, max_wait_s=5.0)
 
 
 def dynamic_batching(*, max_rows: int, skips: bool) -> WholeBatches:
-    """Whatever is there when the device is free; waiting for more would cost an idle device."""
+    """Return batches of whatever is there when the device is free."""
     return WholeBatches(max_rows=max_rows, skips=skips, max_wait_s=0.0)

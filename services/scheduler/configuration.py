@@ -14,7 +14,7 @@ from shared.settings import SchedulerSettings
 
 
 def policy_options(settings: SchedulerSettings) -> PolicyOptions:
-    """What the settings tune.
+    """Return what the settings tune.
 
     Raises:
         ConfigurationError: The threshold begins below its least value.
@@ -32,7 +32,7 @@ def policy_options(settings: SchedulerSettings) -> PolicyOptions:
 
 
 def load_profiles(path: Path) -> tuple[Profile, ...]:
-    """The profiles in a file, or in every JSON file of a folder; none where there is neither.
+    """Return the profiles of a file, or of every JSON file of a folder; there may be none.
 
     Raises:
         ConfigurationError: A file is no profile.

@@ -127,7 +127,7 @@ class SchedulerService:
         await self._release_lease(keys=[keys.SCHEDULER_LEASE], args=[self._token])
 
     async def _read_and_handle(self) -> list[str]:
-        """Handle what has come; the ids of the scheduler stream's entries that may be deleted."""
+        """Handle what has come; return the ids of the scheduler stream's entries to delete."""
         reading = await self._streams.read_all(
             self._positions, count=256, block_ms=100, kinds=KINDS
         )
@@ -139,7 +139,7 @@ class SchedulerService:
         return [entry.entry_id for entry in reading.entries if entry.stream == keys.SCHEDULER]
 
     async def _find_closed(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Entries of requests that are final, or have no record: nobody would ever end them."""
+        """Return entries of requests that are final, or have no record: nobody would end them."""
         asked = [entry for entry in entries if entry.stream == keys.REQUESTS]
         if not asked:
             return []
@@ -153,7 +153,7 @@ class SchedulerService:
         return closed
 
     def _event(self, entry: Entry) -> Event:
-        """The message; a request's instant is the store's, whatever its gateway's clock says."""
+        """Return the message; a request's instant is the store's, whatever its gateway says."""
         if not isinstance(entry.message, GenerateImage):
             return cast("Event", entry.message)
         request = entry.message
@@ -163,7 +163,7 @@ class SchedulerService:
     # --- start ----------------------------------------------------------------------------------
 
     async def _wait_for_epoch(self) -> int:
-        """The number of the epoch that has begun with the lease; 0 if stopped before."""
+        """Return the number of the epoch that has begun with the lease; 0 if stopped before."""
         is_waiting = False
         while not self._is_stopping.is_set():
             self._run_id = await self._read_run_id()
@@ -230,7 +230,7 @@ class SchedulerService:
                 num_open += await self._recover(entry)
 
     async def _recover(self, entry: Entry) -> bool:
-        """Whether the entry's request is open, which the core knows then."""
+        """Return whether the entry's request is open, which the core knows then."""
         request = cast("GenerateImage", self._event(entry))
         try:
             event = await find_request(self._redis, self._records, request)
@@ -258,7 +258,7 @@ class SchedulerService:
             await self._executor.execute(self._core.on_events(refused, self._clock.now()))
 
     def _count_finished(self, event: Event) -> None:
-        """Each of these comes once, from the call that made the request final."""
+        """Count a final state; each of these comes once, from the call that made it final."""
         match event:
             case ImageDecoded(request_id=request_id):
                 metrics.REQUESTS_FINISHED.labels(state="done").inc()
@@ -293,13 +293,13 @@ class SchedulerService:
         READINESS.renew(keys.STATUS_TTL_S)
 
     async def _drop_final_entries(self) -> None:
-        """Entries of requests that the core has done with: duplicates, and what has no record."""
+        """Delete entries of requests that the core has done with, duplicates included."""
         over = [name for name in self._open_entries if name not in self._core.requests]
         entries = [entry for name in over for entry in self._open_entries.pop(name)]
         await self._streams.delete(keys.REQUESTS, entries)
 
     async def _renew_lease(self) -> None:
-        """The epoch is what counts: while it is the newest, the lease is this scheduler's."""
+        """Renew the lease, which is this scheduler's while its epoch is the newest."""
         await self._writer.write(("SET", keys.SCHEDULER_LEASE, self._token, "PX", LEASE_MS))
         if await self._read_run_id() != self._run_id:
             raise EpochEndedError("Redis has restarted; what it lost is found by a new epoch")

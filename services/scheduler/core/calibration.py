@@ -39,38 +39,39 @@ MAX_UNANSWERED = 3
 
 @dataclass(slots=True, kw_only=True)
 class PendingMeasurement:
-    """A measurement under way. step_ms, chunk_ms: answers, None until they are there."""
+    """A measurement under way."""
 
     number: int
     measurement: Measurement
     vae: str
     overdue_at: float
     step_ms: float | None = None
+    """The UNet worker's answer, None until it is there."""
     chunk_ms: tuple[float, ...] | None = None
+    """The VAE worker's."""
 
     @property
     def is_over(self) -> bool:
-        """Whether everybody who was asked has answered."""
-        one = self.measurement
-        return (not one.rows or self.step_ms is not None) and (
-            not one.vae_threads or self.chunk_ms is not None
+        """Return whether everybody who was asked has answered."""
+        asked = self.measurement
+        return (not asked.rows or self.step_ms is not None) and (
+            not asked.vae_threads or self.chunk_ms is not None
         )
 
 
 @dataclass(slots=True, kw_only=True)
-class Run:
-    """All measurements of one UNet worker.
-
-    not_before: of the next one, whatever happens. due_at: of the next one while there is something
-    to serve. holds_since: since when nothing new is sent so that the device comes to rest.
-    """
+class CalibrationRun:
+    """All measurements of one UNet worker."""
 
     todo: deque[Measurement]
     found: dict[Measurement, Measured] = field(default_factory=dict)
     pending: PendingMeasurement | None = None
     not_before: float = 0.0
+    """Of the next measurement, whatever happens."""
     due_at: float = 0.0
+    """Of the next measurement while there is something to serve."""
     holds_since: float | None = None
+    """Since when nothing new is sent, so that the device comes to rest."""
     num_unanswered: int = 0
 
 
@@ -89,7 +90,7 @@ class Calibration:
         self._fleet = fleet
         self._outbox = outbox
         self._is_wanted = is_wanted
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[str, CalibrationRun] = {}
         self._given_up: set[str] = set()
         self._last_number = 0
 
@@ -97,7 +98,7 @@ class Calibration:
         """Begin and end what is due; the device groups to which nothing else may be sent."""
         if not self._is_wanted:
             return frozenset()
-        for name in [one for one in self._runs if one not in self._cluster.unets]:
+        for name in [run for run in self._runs if run not in self._cluster.unets]:
             del self._runs[name]
         taken: set[str] = set()
         resting = set()
@@ -117,13 +118,13 @@ class Calibration:
         return frozenset(resting)
 
     def note_slot(self, event: messages.SlotMeasured) -> None:
-        """The UNet worker's part."""
+        """Take the UNet worker's part of a measurement."""
         run = self._runs.get(event.incarnation)
         if run and run.pending and self._is_of(run.pending, event):
             run.pending.step_ms = event.step_ms
 
     def note_chunks(self, event: messages.ChunksMeasured) -> None:
-        """The VAE worker's part."""
+        """Take the VAE worker's part of a measurement."""
         for run in self._runs.values():
             pending = run.pending
             if pending and pending.vae == event.incarnation and self._is_of(pending, event):
@@ -140,14 +141,14 @@ class Calibration:
         return unet.profile.source == "short" and bool(unet.info.step_ms)
 
     def _advance(self, name: str, unet: UnetWorker, now: float) -> bool:
-        """Whether the device is to be left alone."""
+        """Return whether the device is to be left alone."""
         vae = self._partner(unet)
         run = self._runs.get(name)
         if run is None:
             if vae is None:
                 return False
             todo = list_measurements(unet.profile, unet.info, vae.info)
-            run = self._runs[name] = Run(todo=deque(todo))
+            run = self._runs[name] = CalibrationRun(todo=deque(todo))
         if run.pending:
             self._end_measurement(run, run.pending, now)
             if run.pending:
@@ -162,7 +163,7 @@ class Calibration:
         return True
 
     def _partner(self, unet: UnetWorker) -> VaeWorker | None:
-        """A VAE worker of the same model on the same device."""
+        """Return a VAE worker of the same model on the same device."""
         wanted = (unet.info.device_group, unet.info.model_id)
         fitting = (
             vae
@@ -173,8 +174,8 @@ class Calibration:
 
     # --- one measurement ------------------------------------------------------------------------
 
-    def _may_begin(self, unet: UnetWorker, run: Run, now: float) -> bool:
-        """Whether the next measurement is due, and the device has not kept it waiting too long."""
+    def _may_begin(self, unet: UnetWorker, run: CalibrationRun, now: float) -> bool:
+        """Return whether the next measurement is due, and the device is not kept too long."""
         is_serving = any(
             request.batch_key.model == unet.info.model_id
             for request in self._cluster.requests.values()
@@ -198,41 +199,43 @@ class Calibration:
         return not any(request.has_chunks_running for request in decodes)
 
     def _begin_measurement(
-        self, name: str, unet: UnetWorker, vae: VaeWorker, run: Run, now: float
+        self, name: str, unet: UnetWorker, vae: VaeWorker, run: CalibrationRun, now: float
     ) -> None:
-        one = run.todo.popleft()
+        wanted = run.todo.popleft()
         self._last_number += 1
         height, _, width = unet.profile.slots[0].key.partition("x")
-        if one.rows:
+        if wanted.rows:
             measure_slot = messages.MeasureSlot(
                 epoch=self._outbox.epoch,
                 number=self._last_number,
                 height=int(height),
                 width=int(width),
-                rows=one.rows,
-                threads=one.unet_threads,
-                window_ms=one.window_ms,
+                rows=wanted.rows,
+                threads=wanted.unet_threads,
+                window_ms=wanted.window_ms,
             )
             self._outbox.send(name, "control", measure_slot)
-        if one.vae_threads:
+        if wanted.vae_threads:
             measure_chunks = messages.MeasureChunks(
                 epoch=self._outbox.epoch,
                 number=self._last_number,
                 height=int(height),
                 width=int(width),
-                threads=one.vae_threads,
-                window_ms=one.window_ms,
+                threads=wanted.vae_threads,
+                window_ms=wanted.window_ms,
             )
             self._outbox.send(vae.info.incarnation, "control", measure_chunks)
         run.holds_since = None
         run.pending = PendingMeasurement(
             number=self._last_number,
-            measurement=one,
+            measurement=wanted,
             vae=vae.info.incarnation,
-            overdue_at=now + 3 * one.window_ms / 1000 + ANSWER_S,
+            overdue_at=now + 3 * wanted.window_ms / 1000 + ANSWER_S,
         )
 
-    def _end_measurement(self, run: Run, pending: PendingMeasurement, now: float) -> None:
+    def _end_measurement(
+        self, run: CalibrationRun, pending: PendingMeasurement, now: float
+    ) -> None:
         """Note what was found; or take it again where a worker is gone or keeps silent."""
         is_vae_gone = pending.vae not in self._cluster.vaes
         if pending.is_over:
@@ -247,12 +250,12 @@ class Calibration:
             run.pending = None
             self._pause(run, now)
 
-    def _pause(self, run: Run, now: float) -> None:
+    def _pause(self, run: CalibrationRun, now: float) -> None:
         """Let others go on, and what may still be measured come to its end."""
         run.holds_since = None
         run.not_before = run.due_at = now + PAUSE_S
 
-    def _end_run(self, name: str, unet: UnetWorker, run: Run) -> None:
+    def _end_run(self, name: str, unet: UnetWorker, run: CalibrationRun) -> None:
         del self._runs[name]
         profile = complete_profile(unet.profile, run.found, made_with=name)
         if profile is None or run.todo:

@@ -55,22 +55,24 @@ class Pace:
     The profiles' drift is left out: it moves with slots of few rows, too, which tell nothing of
     full ones, and whatever it says of these is in the pace.
 
-    done: since the last look. was_full: whether there was more than could be held then.
-    predicted_s, wall_s: what was done took so long by prediction and by the clock; the past fades.
     """
 
     done: Work = field(default_factory=Work)
+    """Since the last look."""
     was_full: bool = False
+    """Whether there was more than could be held then."""
     predicted_s: float = PRIOR_S
+    """What was done took so long by prediction; the past fades."""
     wall_s: float = PRIOR_S
+    """Likewise by the clock."""
 
     @property
     def efficiency(self) -> float:
-        """Predicted over real time: above 1 where overlap and skipping save some."""
+        """Return predicted over real time: above 1 where overlap and skipping save some."""
         return min(max(self.predicted_s / self.wall_s, MIN_EFFICIENCY), MAX_EFFICIENCY)
 
     def learn(self, predicted_s: float, wall_s: float) -> None:
-        """One more look."""
+        """Take one more look into account."""
         fade = 0.5 ** (wall_s / HALF_LIFE_S)
         self.predicted_s = self.predicted_s * fade + predicted_s
         self.wall_s = self.wall_s * fade + wall_s
@@ -78,16 +80,18 @@ class Pace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Workers:
-    """Of one model. num_unets, num_vaes: devices with such."""
+    """Of one model."""
 
     unets: tuple[UnetWorker, ...]
     vaes: tuple[VaeWorker, ...]
     devices: frozenset[str]
     num_unets: int
+    """Devices with UNet workers."""
     num_vaes: int
+    """Devices with VAE workers."""
 
     def row_ms(self, size: str) -> float:
-        """A device's time for one row's forward in a full slot."""
+        """Return a device's time for one row's forward in a full slot."""
         return fmean(
             unet.durations.alone(size, knee).ms / knee
             for unet in self.unets
@@ -95,18 +99,18 @@ class _Workers:
         )
 
     def encode_ms(self) -> float:
-        """A device's time for one prompt."""
+        """Return a device's time for one prompt."""
         return fmean(unet.profile.encode_ms for unet in self.unets)
 
     def decode_ms(self, size: str) -> float:
-        """A device's time for one decode."""
+        """Return a device's time for one decode."""
         decode = self.unets[0].durations.decode(size)
         if decode:
             return sum(decode.chunk_ms)
         return fmean(vae.info.decode_ms for vae in self.vaes)
 
     def wall_ms(self, work: Work) -> float:
-        """How long they need for it together: whichever kind is short, or the devices are."""
+        """Return how long they need for it together: by the kind that is short, or the devices."""
         return max(
             work.unet_ms / self.num_unets,
             work.vae_ms / self.num_vaes,
@@ -128,18 +132,18 @@ class CapacityMeter:
         self._learned_at = now
 
     def note_prompt(self, request: Request) -> None:
-        """A prompt was encoded."""
+        """Count a prompt that was encoded."""
         if workers := self._workers(request.batch_key.model):
             self._pace(request).done.unet_ms += workers.encode_ms()
 
     def note_step(self, request: Request) -> None:
-        """A request has had one more forward, skipped or not."""
+        """Count one more forward of a request, skipped or not."""
         key = request.batch_key
         if workers := self._workers(key.model):
             self._pace(request).done.unet_ms += request.rows * workers.row_ms(key.size)
 
     def note_decode(self, request: Request) -> None:
-        """An image is done."""
+        """Count an image that is done."""
         key = request.batch_key
         if workers := self._workers(key.model):
             self._pace(request).done.vae_ms += workers.decode_ms(key.size)
@@ -164,7 +168,7 @@ class CapacityMeter:
             pace.was_full = is_full
 
     def read(self) -> dict[str, Capacity]:
-        """By model, of those that have workers of both kinds."""
+        """Return the capacity of each model that has workers of both kinds."""
         models = {unet.info.model_id for unet in self._cluster.unets.values()}
         workers = {name: found for name in sorted(models) if (found := self._workers(name))}
         ahead = {name: self._ahead(name, found) for name, found in workers.items()}
@@ -184,7 +188,7 @@ class CapacityMeter:
         return capacity
 
     def _ahead(self, model: str, workers: _Workers) -> float:
-        """The wall time until a model's requests are done."""
+        """Return the wall time until a model's requests are done."""
         work = Work()
         row_ms: dict[str, float] = {}
         decode_ms: dict[str, float] = {}
@@ -209,7 +213,7 @@ class CapacityMeter:
         return self._paces.setdefault(request.batch_key.model, Pace())
 
     def _workers(self, model: str) -> _Workers | None:
-        """None where pictures can't be made."""
+        """Return a model's workers, None where pictures can't be made."""
         unets = tuple(
             unet
             for unet in self._cluster.unets.values()

@@ -22,7 +22,7 @@ MAX_INSTANT = 1e12
 
 
 def explain(error: Exception) -> str:
-    """An error in words for a log line and for the client."""
+    """Return an error in words for a log line and for the client."""
     return str(error) if isinstance(error, ProtocolError) else repr(error)
 
 

@@ -21,33 +21,33 @@ class Outbox:
         self._commands: list[Command] = []
 
     def take(self) -> list[Command]:
-        """Everything since the last time."""
+        """Return everything since the last time."""
         commands, self._commands = self._commands, []
         return commands
 
     def add(self, command: Command) -> None:
-        """One command more."""
+        """Add one command more."""
         self._commands.append(command)
 
     def send(self, incarnation: str, lane: Lane, message: messages.Message) -> None:
-        """A message to a worker."""
+        """Send a message to a worker."""
         self.add(Send(incarnation=incarnation, lane=lane, message=message))
 
     def fail(self, request_id: str, *, code: str, reason: str) -> None:
-        """A request is final as failed."""
+        """Make a request final as failed."""
         self.add(FailRequest(request_id=request_id, code=code, reason=reason))
 
     def ask_what_is_held(self, incarnation: str) -> None:
-        """A worker is to drop what is queued there, and to announce the rest."""
+        """Tell a worker to drop what is queued there, and to announce the rest."""
         self.send(incarnation, "control", messages.BeginEpoch(epoch=self.epoch))
 
     def release(self, unet: str, request_id: str, attempt: str) -> None:
-        """A UNet worker is to forget a request."""
+        """Tell a UNet worker to forget a request."""
         release = messages.ReleaseRequest(epoch=self.epoch, request_id=request_id, attempt=attempt)
         self.send(unet, "control", release)
 
     def release_latents(self, latents: messages.LatentsFinished) -> None:
-        """Their producer has its pool slot back."""
+        """Give a producer its pool slot back."""
         handle = latents.handle
         release = messages.ReleaseLatents(slot=handle.slot, generation=handle.generation)
         self.send(handle.owner, "control", release)

@@ -36,7 +36,7 @@ class Load:
 
 
 def loads(requests: Iterable[Request], unets: Mapping[str, UnetWorker]) -> dict[str, Load]:
-    """What each UNet worker holds."""
+    """Return what each UNet worker holds."""
     found = {name: Load() for name in unets}
     for request in requests:
         if request.unet in found and request.stage in AT_UNET:
@@ -45,12 +45,12 @@ def loads(requests: Iterable[Request], unets: Mapping[str, UnetWorker]) -> dict[
 
 
 def knee(request: Request, unet: UnetWorker) -> int:
-    """The rows of a full slot of the request's size."""
+    """Return the rows of a full slot of the request's size."""
     return max(MIN_ROWS, unet.durations.knee(request.batch_key.size))
 
 
 def has_room(unet: UnetWorker, load: Load, factor: int) -> bool:
-    """Whether the worker may be given a request, of whatever size.
+    """Return whether the worker may be given a request, of whatever size.
 
     It does not depend on the request, so that who is first in order is never passed by those who
     need less room.
@@ -61,7 +61,7 @@ def has_room(unet: UnetWorker, load: Load, factor: int) -> bool:
 
 
 def work_ms(request: Request, unet: UnetWorker) -> float:
-    """The time of the device that a request's steps still take, in full slots."""
+    """Return the time of the device that a request's steps still take, in full slots."""
     size = request.batch_key.size
     knee = unet.durations.knee(size)
     slot_ms, _ = unet.durations.slot_ms(size, knee, unet.durations.alone_kind(size))
@@ -69,7 +69,7 @@ def work_ms(request: Request, unet: UnetWorker) -> float:
 
 
 def service_ms(request: Request, unet: UnetWorker) -> float:
-    """The least time from admission to the decoded image, with nobody else there."""
+    """Return the least time from admission to the decoded image, with nobody else there."""
     durations, size = unet.durations, request.batch_key.size
     step_ms, _ = durations.slot_ms(size, request.rows, durations.alone_kind(size))
     decode = durations.decode(size)
@@ -83,7 +83,7 @@ def service_ms(request: Request, unet: UnetWorker) -> float:
 def choose_unet(
     request: Request, unets: Mapping[str, UnetWorker], held: Mapping[str, Load], *, factor: int
 ) -> str | None:
-    """The worker with room at which a request is predicted to finish first; None where no room.
+    """Return the worker at which a request is predicted to finish first; None where no room.
 
     factor: as `has_room` takes it.
     """
@@ -105,7 +105,7 @@ def choose_unet(
 def transport_of(
     latents: LatentsFinished, vae: VaeWorker, unets: Mapping[str, UnetWorker]
 ) -> Transport:
-    """How latents get to a VAE worker; by their copy in Redis where their producer is gone."""
+    """Return how latents get to a VAE worker; by their copy if their producer is gone."""
     producer = unets.get(latents.handle.owner)
     if producer is None or latents.handle.kind == "inline":
         return "inline"
@@ -118,7 +118,7 @@ def choose_vae(
     unets: Mapping[str, UnetWorker],
     busy_groups: frozenset[str],
 ) -> str | None:
-    """The VAE worker with room that is predicted to be done first; None where no room.
+    """Return the VAE worker that is predicted to be done first; None where no room.
 
     One on a device that denoises gives its decodes only a share of it, so it counts as slower. One
     that can't get at the latents is left out, unless there are only such: it will say that they
@@ -148,6 +148,6 @@ def choose_vae(
 
 
 def soonest_finish_ms(request: Request, unets: Iterable[UnetWorker]) -> float:
-    """The least service time at any worker of the request's model; 0 where none is known."""
+    """Return the least service time at any worker of its model; 0 where none is known."""
     fitting = [u for u in unets if u.info.model_id == request.batch_key.model]
     return min((service_ms(request, unet) for unet in fitting), default=0.0)

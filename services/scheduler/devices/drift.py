@@ -31,11 +31,11 @@ class Drift:
     factors: Mapping[str, float] = field(default_factory=dict)
 
     def factor(self, kind: str) -> float:
-        """What to multiply the profile's durations of that kind with."""
+        """Return what to multiply the profile's durations of that kind with."""
         return self.factors.get(kind, 1.0)
 
     def after(self, kind: str, *, predicted_ms: float, measured_ms: float) -> Drift:
-        """The drift after one measurement.
+        """Return the drift after one measurement.
 
         predicted_ms: with this drift's own factor applied; nothing changes where it is not
         positive.

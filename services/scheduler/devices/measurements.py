@@ -35,24 +35,28 @@ MAX_TOTAL_MS = 10_000.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """One of them. rows: of the slots, 0 for decodes alone. vae_threads: 0 for slots alone."""
+    """What two workers run for a while, one of them or side by side."""
 
     rows: int = 0
+    """Of the slots, 0 for decodes alone."""
     unet_threads: int = 0
     vae_threads: int = 0
+    """0 for slots alone."""
     window_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Medians. step_ms: of a forward, 0 for none. chunk_ms: of each chunk of a decode."""
+    """What came of it, in medians."""
 
     step_ms: float = 0.0
+    """Of a forward, 0 for none."""
     chunk_ms: tuple[float, ...] = ()
+    """Of each chunk of a decode."""
 
 
 def thread_splits(threads: int) -> list[tuple[int, int]]:
-    """(UNet, VAE) thread counts worth trying side by side: one to half of the cores to decodes."""
+    """Return (UNet, VAE) thread counts worth trying: one to half of the cores to decodes."""
     if threads <= 1:
         return [(1, 1)]
     shares = sorted({1, max(1, threads // 4), threads // 2})
@@ -62,7 +66,7 @@ def thread_splits(threads: int) -> list[tuple[int, int]]:
 def list_measurements(
     profile: Profile, unet: WorkerInfo, vae: WorkerInfo
 ) -> tuple[Measurement, ...]:
-    """What there is to measure, of the profile's own picture size; none if all would take too long.
+    """Return what there is to measure, of the profile's size; none if it takes too long.
 
     profile: in short. Threads are split on a CPU; any other device has none to split.
     """
@@ -81,31 +85,31 @@ def list_measurements(
             ),
         ]
     )
-    timed = [replace(one, window_ms=_window_ms(one, profile, unet, vae)) for one in wanted]
+    timed = [replace(wish, window_ms=_window_ms(wish, profile, unet, vae)) for wish in wanted]
     for most in reversed(beside_rows):
-        listed = tuple(one for one in timed if one.rows <= most)
-        if sum(one.window_ms for one in listed) <= MAX_TOTAL_MS:
+        listed = tuple(measurement for measurement in timed if measurement.rows <= most)
+        if sum(measurement.window_ms for measurement in listed) <= MAX_TOTAL_MS:
             return listed
     return ()
 
 
-def _window_ms(one: Measurement, profile: Profile, unet: WorkerInfo, vae: WorkerInfo) -> float:
-    """Long enough on the threads there are, as if it took so much longer as they are fewer."""
+def _window_ms(wish: Measurement, profile: Profile, unet: WorkerInfo, vae: WorkerInfo) -> float:
+    """Return a window long enough on these threads, as if fewer took so much longer."""
     timing = profile.slots[0]
     longest = 0.0
-    if one.rows:
-        step_ms, _ = profile.slot_ms(timing.key, one.rows, timing.kind)
-        longest = step_ms * unet.threads / one.unet_threads
+    if wish.rows:
+        step_ms, _ = profile.slot_ms(timing.key, wish.rows, timing.kind)
+        longest = step_ms * unet.threads / wish.unet_threads
     decode = profile.decode(timing.key)
-    if one.vae_threads and decode:
-        longest = max(longest, sum(decode.chunk_ms) * vae.threads / one.vae_threads)
+    if wish.vae_threads and decode:
+        longest = max(longest, sum(decode.chunk_ms) * vae.threads / wish.vae_threads)
     return max(REPEATS * longest, MIN_WINDOW_MS)
 
 
 def complete_profile(
     profile: Profile, found: Mapping[Measurement, Measured], *, made_with: str
 ) -> Profile | None:
-    """The profile in short, with what was found in place of it; None if no slot beside chunks was.
+    """Return the profile with what was found in it; None if no slot beside chunks was.
 
     A measurement that gave nothing is left out. made_with: the UNet worker's incarnation.
     """
@@ -113,14 +117,14 @@ def complete_profile(
     alone: dict[int, dict[int, float]] = {}
     beside: dict[tuple[int, int], dict[int, Measured]] = {}
     decodes = []
-    for one, measured in found.items():
-        if not one.rows and measured.chunk_ms:
-            decodes.append(_decode_timing(key, one.vae_threads, measured.chunk_ms))
-        elif one.rows and not one.vae_threads and measured.step_ms:
-            alone.setdefault(one.unet_threads, {})[one.rows] = measured.step_ms
+    for measurement, measured in found.items():
+        if not measurement.rows and measured.chunk_ms:
+            decodes.append(_decode_timing(key, measurement.vae_threads, measured.chunk_ms))
+        elif measurement.rows and not measurement.vae_threads and measured.step_ms:
+            alone.setdefault(measurement.unet_threads, {})[measurement.rows] = measured.step_ms
         elif measured.step_ms and measured.chunk_ms:
-            split = (one.unet_threads, one.vae_threads)
-            beside.setdefault(split, {})[one.rows] = measured
+            split = (measurement.unet_threads, measurement.vae_threads)
+            beside.setdefault(split, {})[measurement.rows] = measured
     slots = [
         SlotTiming(
             key=key, kind=SlotKind(unet_threads=threads), step_ms=step_ms, spread=SHORT_SPREAD
@@ -162,7 +166,7 @@ def _decode_timing(key: str, threads: int, chunk_ms: Sequence[float]) -> DecodeT
 def _beside_timing(
     key: str, kind: SlotKind, alone: Mapping[int, float], rates: Mapping[int, Measured]
 ) -> SlotTiming:
-    """Of so many chunks, from the rates of both sides next to each other."""
+    """Return the timing of so many chunks, from both sides' rates next to each other."""
     step_ms, chunks_ms = {}, {}
     for rows, measured in rates.items():
         alone_ms = interpolate(alone, rows)

@@ -36,12 +36,12 @@ or neighbours that are starting, too."""
 
 
 def make_key(height: int, width: int) -> str:
-    """The profile's name of a picture size in pixels."""
+    """Return the profile's name of a picture size in pixels."""
     return f"{height}x{width}"
 
 
 def num_pixels(key: str) -> int:
-    """Pixels of a picture of that key."""
+    """Return pixels of a picture of that key."""
     height, _, width = key.partition("x")
     return int(height) * int(width)
 
@@ -57,45 +57,40 @@ class SlotKind:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotTiming:
-    """One kind of slot at one picture size.
-
-    step_ms: median duration of the UNet forward by its rows. chunks_ms: median time, by the same
-    rows, that the kind's chunks took beside it; empty for a slot alone. Chunks that outlast their
-    forward are measured with forwards going on. spread: (75th - 25th percentile) / median, the
-    largest over the rows.
-    """
+    """One kind of slot at one picture size."""
 
     key: str
     kind: SlotKind
     step_ms: Mapping[int, float]
+    """Median duration of the UNet forward by its rows."""
     chunks_ms: Mapping[int, float] = field(default_factory=dict)
+    """Median time, by the same rows, that the kind's chunks took beside it; empty for a slot alone.
+    Chunks that outlast their forward are measured with forwards going on."""
     spread: float = 0.0
+    """(75th - 25th percentile) / median, the largest over the rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeTiming:
-    """A decode of one picture size, alone on the device.
-
-    chunk_ms: median duration of each chunk, in order. granularity: how it was cut, in words.
-    """
+    """A decode of one picture size, alone on the device."""
 
     key: str
     threads: int
     chunk_ms: tuple[float, ...]
+    """Median duration of each chunk, in order."""
     granularity: str = ""
+    """How it was cut, in words."""
     spread: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SkipLevel:
-    """What one level of `guidance_skip` costs and saves when all that it allows is skipped.
-
-    rows_saved: of all rows of the fully guided run, 0 to 0.5. The pictures are compared with those
-    of full guidance, in dB.
-    """
+    """What one level of `guidance_skip` costs and saves when all that it allows is skipped."""
 
     rows_saved: float
+    """Of all rows of the fully guided run, 0 to 0.5."""
     psnr_mean_db: float
+    """Against the pictures of full guidance."""
     psnr_p5_db: float
 
 
@@ -110,29 +105,29 @@ ASSUMED_SKIP_LEVELS: Mapping[str, SkipLevel] = {
 class Profile:
     """All timings of one model on one device, in milliseconds.
 
-    device: "cpu" or "cuda", as a worker's device begins. threads: CPU threads of the device, 0
-    where it has none to share. encode_ms: a guided request's text encoding, alone. granularity: how
-    decodes were cut, and are to be; None leaves that to the workers. source:
-    "measured", "short" (what workers measured at their start: nothing is known of slots beside
-    chunks, so none are offered, as if sharing the device gained nothing), "calibrated" (what they
-    then measured side by side while serving) or "assumed". notes: what it was measured on or taken
-    from, by name.
-
     Raises:
         ValueError: No slot alone is timed, or a duration is not positive.
     """
 
     model_id: str
     device: str
+    """Either "cpu" or "cuda", as a worker's device begins."""
     dtype: str
     threads: int
+    """CPU threads of the device, 0 where it has none to share."""
     slots: tuple[SlotTiming, ...]
     decodes: tuple[DecodeTiming, ...]
     encode_ms: float = 0.0
+    """A guided request's text encoding, alone."""
     granularity: ChunkGranularity | None = None
+    """How decodes were cut, and are to be; None leaves that to the workers."""
     skip_levels: Mapping[str, SkipLevel] = field(default_factory=lambda: dict(ASSUMED_SKIP_LEVELS))
     source: str = "measured"
+    """Either "measured", "short" (what workers measured at their start: nothing is known of slots
+    beside chunks, so none are offered, as if sharing the device gained nothing), "calibrated" (what
+    they then measured side by side while serving) or "assumed"."""
     notes: Mapping[str, str] = field(default_factory=dict)
+    """What it was measured on or taken from, by name."""
 
     def __post_init__(self) -> None:
         """Check what every later question relies on."""
@@ -211,7 +206,7 @@ class Profile:
         return replace(best, key=key, chunk_ms=tuple(ms * scale for ms in best.chunk_ms))
 
     def _timings(self, key: str, kind: SlotKind) -> tuple[dict[int, float], dict[int, float]]:
-        """The two sides' durations by rows; of an unmeasured size, scaled by its pixels."""
+        """Return the two sides' durations by rows; of an unmeasured size, scaled by its pixels."""
         nearest = self._nearest(key, [timing.key for timing in self.slots if timing.kind == kind])
         timing = next(t for t in self.slots if t.key == nearest and t.kind == kind)
         scale = 1.0 if nearest == key else num_pixels(key) / num_pixels(nearest)
@@ -229,7 +224,7 @@ class Profile:
 
 
 def interpolate(durations: Mapping[int, float], rows: int) -> float:
-    """The duration at `rows`: linear between measurements, and beyond the largest."""
+    """Return the duration at `rows`: linear between measurements, and beyond the largest."""
     if rows in durations:
         return durations[rows]
     sizes = sorted(durations)
@@ -244,7 +239,7 @@ def interpolate(durations: Mapping[int, float], rows: int) -> float:
 
 
 def profile_in_short(unet: WorkerInfo, vaes: Sequence[WorkerInfo]) -> Profile:
-    """A profile from what the workers of one device measured at their start.
+    """Return a profile from what the workers of one device measured at their start.
 
     Raises:
         ValueError: The UNet worker has measured nothing.
@@ -281,7 +276,7 @@ def profile_in_short(unet: WorkerInfo, vaes: Sequence[WorkerInfo]) -> Profile:
 
 
 def matching_profile(profiles: Sequence[Profile], unet: WorkerInfo) -> Profile | None:
-    """The profile made for this worker's model, dtype, kind of device and threads, if not stale.
+    """Return the profile made for a worker's model, dtype, device and threads, if not stale.
 
     Whether it is stale tells the worker's own measurement at its start: the profile may come from
     another machine, or from before the model or the library changed. One that was made with this

@@ -38,40 +38,41 @@ _Move = tuple[int, int, NDArray[np.float64]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """One way to spend a stage: chunks decoded, rows skipped, how long it takes, its price.
-
-    price: in ms times waiting decodes, as the cost is; for skips, net of what they are worth to
-    those who wait for the UNet, so it may be negative.
-    """
+    """One way to spend a stage."""
 
     chunks: int
+    """Decoded."""
     skips: int
+    """Rows skipped."""
     ms: float
     price: float = 0.0
+    """In ms times waiting decodes, as the cost is; for skips, net of what they are worth to those
+    who wait for the UNet, so it may be negative."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What is to be planned.
-
-    stages: each with an option that takes no chunk, and none is shorter. remaining: chunks left of
-    each pending decode, in the order of service, all positive. budget_ms: for all stages together.
-    tail_ms: at best for one chunk after the last stage. tail_price: of each chunk left then.
-    must_grant: an overdue decode: the first stage that offers chunks takes some. num_ready: chunks
-    that are there from the beginning, None for all; the others come by the stage `all_ready_at`.
-    """
+    """What is to be planned."""
 
     stages: tuple[tuple[Option, ...], ...]
+    """Each has an option that takes no chunk, and none is shorter."""
     remaining: tuple[int, ...]
+    """Chunks left of each pending decode, in the order of service, all positive."""
     budget_ms: float
+    """For all stages together."""
     tail_ms: float
+    """At best for one chunk after the last stage."""
     tail_price: float = 0.0
+    """Of each chunk left then."""
     must_grant: bool = False
+    """Whether a decode is overdue, so that the first stage that offers chunks takes some."""
     num_ready: int | None = None
+    """Chunks that are there from the beginning, None for all."""
     all_ready_at: int = 0
+    """The stage by which the other chunks have come."""
 
     def limits(self) -> list[int]:
-        """By stage, how many chunks there are to be done by its end."""
+        """Return, by stage, how many chunks there are to be done by its end."""
         total = sum(self.remaining)
         ready = total if self.num_ready is None else min(self.num_ready, total)
         return [total if i >= self.all_ready_at else ready for i in range(len(self.stages))]
@@ -79,38 +80,36 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
-    """An optimal choice.
-
-    is_feasible: whether it keeps the budget; if not, no choice does, and this one is the best among
-    those that exceed it least.
-    """
+    """An optimal choice."""
 
     options: tuple[Option, ...]
     cost: float
     is_feasible: bool
+    """Whether it keeps the budget; if not, no choice does, and this one is the best among those
+    that exceed it least."""
 
     @property
     def ms(self) -> float:
-        """Of all stages together."""
+        """Return the duration of all stages together."""
         return sum(option.ms for option in self.options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A problem in the numbers that the programme and its checks share.
-
-    stages: the options that may be chosen. excess: of each, in buckets. num_buckets: excess
-    allowed in all. limits: chunks that may be done by each stage's end. unfinished: decodes
-    unfinished by chunks done, up to the most a plan can do. tail: cost of what is left, by chunks
-    done.
-    """
+    """A problem in the numbers that the programme and its checks share."""
 
     stages: tuple[tuple[Option, ...], ...]
+    """The options that may be chosen."""
     excess: tuple[tuple[int, ...], ...]
+    """Of each, in buckets."""
     num_buckets: int
+    """Excess allowed in all."""
     limits: tuple[int, ...]
+    """Chunks that may be done by each stage's end."""
     unfinished: tuple[int, ...]
+    """Decodes unfinished by chunks done, up to the most a plan can do."""
     tail: tuple[float, ...]
+    """Cost of what is left, by chunks done."""
     is_feasible: bool
 
     @classmethod
@@ -142,16 +141,16 @@ class Model:
 
 
 def _allowed_stages(problem: Problem, limits: Sequence[int]) -> list[tuple[Option, ...]]:
-    """The stages with the options that may be chosen where there are so many chunks by each."""
+    """Return the stages with the options that may be chosen with so many chunks by each."""
     allowed: dict[tuple[int, int], tuple[Option, ...]] = {}
     stages = []
     for stage, limit in zip(problem.stages, limits, strict=True):
         if (id(stage), limit) not in allowed:
-            allowed[id(stage), limit] = tuple(one for one in stage if one.chunks <= limit)
+            allowed[id(stage), limit] = tuple(option for option in stage if option.chunks <= limit)
         stages.append(allowed[id(stage), limit])
     if problem.must_grant:
         for i, stage in enumerate(stages):
-            granting = tuple(one for one in stage if one.chunks)
+            granting = tuple(option for option in stage if option.chunks)
             if granting:
                 stages[i] = granting
                 break
@@ -159,7 +158,7 @@ def _allowed_stages(problem: Problem, limits: Sequence[int]) -> list[tuple[Optio
 
 
 def _ahead(problem: Problem, reach: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """By chunks done, up to `reach`: decodes unfinished, and the cost of what is left."""
+    """Return, by chunks done up to `reach`, unfinished decodes and the cost of what is left."""
     ends = list(accumulate(problem.remaining))
     total = ends[-1] if ends else 0
     behind = list(accumulate(reversed(ends), initial=0))
@@ -175,7 +174,7 @@ def _ahead(problem: Problem, reach: int) -> tuple[tuple[int, ...], tuple[float, 
 
 
 def solve(problem: Problem) -> Solution:
-    """The best choice of options; the same for the same problem."""
+    """Return the best choice of options; the same for the same problem."""
     model = Model.of(problem)
     to_go = _CostsToGo(model)
     done, left = 0, model.num_buckets
@@ -212,7 +211,7 @@ class _CostsToGo:
     def __init__(self, model: Model) -> None:
         self._num_columns = model.num_buckets + 1
         self._pad = max(
-            one for excess in model.excess for one in excess if one <= model.num_buckets
+            taken for excess in model.excess for taken in excess if taken <= model.num_buckets
         )
         self._width = self._num_columns + self._pad
         unfinished = np.repeat(np.array(model.unfinished, dtype=np.float64), self._width)
@@ -240,17 +239,17 @@ class _CostsToGo:
         self._tables.reverse()
 
     def at(self, stage: int, done: int, left: int) -> float:
-        """The least cost from a stage on; infinity where nothing keeps the budget."""
+        """Return the least cost from a stage on; infinity where nothing keeps the budget."""
         return self._tables[stage].item(self._pad + done * self._width + left)
 
     def _new_table(self, height: int) -> NDArray[np.float64]:
-        """Infinities, also ahead of the first row, where it has no row before it to run into."""
+        """Return infinities, also ahead of the first row, which has none before it to run into."""
         return np.full(self._pad + (height + 1) * self._width, inf)
 
     def _table(
         self, following: NDArray[np.float64], moves: list[_Move], num_rows: int
     ) -> NDArray[np.float64]:
-        """The table of a stage from that of the next one."""
+        """Return the table of a stage from that of the next one."""
         pad, width, scratch = self._pad, self._width, self._scratch
         num_following = (len(following) - pad) // width
         table = self._new_table(num_rows - 1)
@@ -277,7 +276,7 @@ def _buckets(excess_ms: float, bucket_ms: float) -> int:
 
 
 def greedy(problem: Problem) -> Solution:
-    """At each stage the most chunks that the budget still allows, then the cheapest skips.
+    """Return, stage by stage, the most chunks that the budget allows, with the cheapest skips.
 
     What the planner is held against, and what serves with planning switched off: it looks at one
     stage at a time, leaving to the later ones what their shortest options need.
@@ -307,7 +306,7 @@ def greedy(problem: Problem) -> Solution:
 
 
 def total_cost(problem: Problem, options: Sequence[Option]) -> float:
-    """The objective of a sequence of options, whether or not it keeps the budget."""
+    """Return the objective of a sequence of options, whether or not it keeps the budget."""
     model = Model.of(problem)
     done, cost = 0, 0.0
     for option in options:

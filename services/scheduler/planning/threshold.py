@@ -17,24 +17,24 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThresholdRule:
-    """Limits and gains, settled by experiment (`synerdiff simulate --experiment threshold`).
-
-    max_value: below 1, because at 1 decodes come in bursts whenever the rule relents, with twice
-    the P99 decode latency and no more throughput. step: of θ. smoothing: weight of a new slot's
-    stretches, which are spiky where decodes are few. hysteresis: the stretches count as different
-    when one exceeds the other by this factor. rest_slots: slots between two steps. is_reversed:
-    the other direction, for experiments.
-    """
+    """Limits and gains, settled by experiment (decision 0014)."""
 
     min_value: float = 0.2
     max_value: float = 0.85
+    """Below 1, where decodes come in bursts whenever the rule relents: twice the P99 decode latency
+    and no more throughput."""
     first_value: float = 0.8
     step: float = 0.05
+    """Of θ."""
     smoothing: float = 0.1
+    """Share of a new slot's stretches, which are spiky where decodes are few."""
     hysteresis: float = 1.5
+    """The stretches count as different when one exceeds the other by this factor."""
     rest_slots: int = 8
+    """Slots between two steps."""
     is_adaptive: bool = True
     is_reversed: bool = False
+    """Whether it goes in the other direction, for experiments."""
 
     def __post_init__(self) -> None:
         """Refuse limits that can't hold.
@@ -58,21 +58,20 @@ class Stretches:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Threshold:
-    """θ now, and slots since it moved.
-
-    stretches: the smoothed ones that it was last judged by.
-    """
+    """θ on its way."""
 
     value: float
     num_slots: int = 0
+    """Since it moved."""
     stretches: Stretches = Stretches(unet=0.0, vae=0.0)
+    """The smoothed ones that it was last judged by."""
 
     def after_slot(self, rule: ThresholdRule, stretches: Stretches) -> Threshold:
-        """The threshold after one more slot."""
-        last, weight = self.stretches, rule.smoothing
+        """Return the threshold after one more slot."""
+        last, share = self.stretches, rule.smoothing
         stretches = Stretches(
-            unet=last.unet + weight * (stretches.unet - last.unet),
-            vae=last.vae + weight * (stretches.vae - last.vae),
+            unet=last.unet + share * (stretches.unet - last.unet),
+            vae=last.vae + share * (stretches.vae - last.vae),
         )
         rested = replace(self, num_slots=self.num_slots + 1, stretches=stretches)
         if not rule.is_adaptive or rested.num_slots < rule.rest_slots:

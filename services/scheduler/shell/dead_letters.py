@@ -27,7 +27,7 @@ class DeadLetters:
         self._position = "0-0"
 
     async def begin(self) -> None:
-        """What is there already has been counted."""
+        """Take what is there already as counted."""
         newest: Any = await self._redis.xrevrange(keys.DEAD_LETTERS, count=1)
         self._position = newest[0][0].decode() if newest else "0-0"
 
@@ -48,7 +48,7 @@ class DeadLetters:
 
 
 def _name(stream: str) -> str:
-    """The stream's, the lane's for workers' and the kind's for other keys: labels are few."""
+    """Return the label of a stream: its name, a worker's lane, or the kind of key; few in all."""
     if stream.startswith(_OF_A_WORKER):
         return f"worker:{stream.rpartition(':')[2]}"
     head = ":".join(stream.split(":")[:2])

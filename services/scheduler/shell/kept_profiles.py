@@ -32,7 +32,7 @@ class KeptProfiles:
         self._writer = writer
 
     async def read(self) -> tuple[Profile, ...]:
-        """All of them but those that this version can't read."""
+        """Return all of them but those that this version can't read."""
         found = await cast("Any", self._redis.hgetall(keys.PROFILES))
         profiles = []
         for name, text in sorted(found.items()):

@@ -20,7 +20,7 @@ log = get_logger()
 async def find_request(
     redis: Redis, records: Records, request: GenerateImage
 ) -> RequestRecovered | None:
-    """How far an open request is; None if it is final, or has no record any more.
+    """Return how far an open request is; None if it is final, or has no record any more.
 
     Raises:
         ProtocolError: Its record can't be read.
@@ -42,7 +42,7 @@ async def find_request(
 
 
 async def _find_latents(redis: Redis, request_id: str, attempt: str) -> LatentsFinished | None:
-    """What was left of finished latents, None where there is nothing that can be read."""
+    """Return what is left of finished latents, None where nothing can be read."""
     try:
         payload = await cast("Any", redis.hget(keys.latents(request_id, attempt), "m"))
         message = codec.decode(payload) if payload else None
@@ -53,7 +53,7 @@ async def _find_latents(redis: Redis, request_id: str, attempt: str) -> LatentsF
 
 
 async def _find_resume_step(redis: Redis, request_id: str, attempt: str) -> int:
-    """The step that a drained worker has left, 0 where there is none that can be read."""
+    """Return the step that a drained worker has left, 0 where none can be read."""
     try:
         step = await cast("Any", redis.hget(keys.resume(request_id, attempt), "step"))
         return max(0, int(step or 0))

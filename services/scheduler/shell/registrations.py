@@ -31,7 +31,7 @@ class Registrations:
         self._lapsed: set[str] = set()
 
     async def read(self) -> list[WorkerInfo]:
-        """Everybody who is registered; those of another version are left out with a warning.
+        """Return everybody who is registered; other versions are left out with a warning.
 
         Names without a registration, of workers that died while no scheduler ran, are forgotten
         once two looks have missed it.

@@ -14,7 +14,7 @@ VAE_STAGES = ("latents", "decoding")
 
 
 def describe(core: Core, *, policy: str, now: float) -> dict[str, Any]:
-    """The value of `keys.STATUS`."""
+    """Return the value of `keys.STATUS`."""
     return {
         "epoch": core.epoch,
         "policy": policy,

@@ -35,7 +35,7 @@ class StoreClock:
         self._latest = 0.0
 
     def now(self) -> float:
-        """The instant; `look` must have been called."""
+        """Return the instant; `look` must have been called."""
         self._latest = max(self._latest, self._monotonic() + (self._offset or 0.0))
         return self._latest
 
@@ -57,5 +57,5 @@ class StoreClock:
         self._offset = offset
 
     def submitted_at(self, entry_id: str) -> float:
-        """When an entry of the request stream was added, which its id says; not after now."""
+        """Return when an entry of the request stream was added, by its id; not after now."""
         return min(int(entry_id.partition("-")[0]) / 1000, self.now())

@@ -29,7 +29,7 @@ class Rates:
     beside_ms: float
 
     def longer_by(self, ms: float) -> Rates:
-        """With something more to do that the other side doesn't slow down."""
+        """Return the rates with something more to do that the other side doesn't slow down."""
         return Rates(alone_ms=self.alone_ms + ms, beside_ms=self.beside_ms + ms)
 
 
@@ -44,12 +44,12 @@ class SlotRates:
 def slot_rates(
     durations: Durations, size: str, rows: int, *, slot: DenoiseSlot, vae_threads: int
 ) -> SlotRates:
-    """Of a slot of so many rows, which are split over its threads if it has fewer beside chunks."""
+    """Return the rates of a slot, whose rows are split if it has fewer threads beside chunks."""
     threads, left = slot.threads, slot.shape.threads_beside or slot.threads
     kind = _beside_kind(durations, left, vae_threads)
 
     def rates_of(alone_ms: float, rows_beside: int, threads_beside: int) -> Rates:
-        """Beside chunks as measured of so many rows on the threads left, or sharing the cores."""
+        """Return rates beside chunks as measured on the threads left, or sharing the cores."""
         if kind:
             beside_ms = durations.beside_ms(size, rows_beside, kind)
         else:
@@ -60,7 +60,7 @@ def slot_rates(
         return SlotRates(going_on=rates_of(_alone_ms(durations, size, rows, threads), rows, left))
 
     def rates_of_parts(part_rows: int, part_threads: int) -> Rates:
-        """As fast as all threads are for as many rows on each."""
+        """Return the rates of parts, as fast as all threads are for as many rows on each."""
         as_many = ceil(part_rows * threads / part_threads)
         alone_ms = _alone_ms(durations, size, as_many, threads)
         return rates_of(alone_ms, ceil(part_rows * left / part_threads), threads)
@@ -75,7 +75,7 @@ def slot_rates(
 def chunk_rates(
     durations: Durations, size: str, index: int, *, unet_threads: int, vae_threads: int
 ) -> Rates:
-    """Of one chunk of a decode."""
+    """Return the rates of one chunk of a decode."""
     timing = durations.decode(size)
     if timing is None:
         return Rates(alone_ms=1.0, beside_ms=EVEN_SHARE)
@@ -96,13 +96,13 @@ def chunk_rates(
 
 
 def _even_share(durations: Durations, threads: int) -> float:
-    """How much slower so many threads go, or two sides where there are no cores to share."""
+    """Return how much slower so many threads go, or two sides that have no cores to share."""
     cores = durations.profile.threads
     return max(threads / cores, 1.0) if cores and threads else EVEN_SHARE
 
 
 def _decode_by_threads(durations: Durations, size: str, threads: int) -> DecodeTiming | None:
-    """As measured alone with so many threads, if it was."""
+    """Return a decode as measured alone with so many threads, if it was."""
     decodes = durations.profile.decodes
     found = (timing for timing in decodes if (timing.key, timing.threads) == (size, threads))
     return next(found, None)
@@ -121,7 +121,7 @@ def _alone_ms(durations: Durations, size: str, rows: int, threads: int) -> float
 
 
 def _beside_kind(durations: Durations, unet_threads: int, vae_threads: int) -> SlotKind | None:
-    """The kind of those threads whose chunks overlap most."""
+    """Return the kind of those threads whose chunks overlap most."""
     kinds = [
         timing.kind
         for timing in durations.profile.slots

@@ -60,7 +60,7 @@ class Simulation:
         self._inboxes: dict[str, Callable[[messages.Message], None]] = {}
 
     def run(self) -> SimulationLog:
-        """Everything from the first arrival to the last picture."""
+        """Serve everything from the first arrival to the last picture, and return what was seen."""
         clock, log, settings = self._world.clock, self._world.log, self._world.settings
         self._feed(Tick())
         for number in range(settings.num_groups):
@@ -78,7 +78,7 @@ class Simulation:
     # --- the workers ----------------------------------------------------------------------------
 
     def _add_group(self, group: str) -> None:
-        """A UNet worker and the VAE workers beside it, on one device."""
+        """Register a UNet worker and the VAE workers beside it, on one device."""
         world = self._world
         device = Device(world.clock, world.profile.threads)
         info = unet_info(world.profile, group=group)
@@ -110,7 +110,7 @@ class Simulation:
     # --- the scheduler --------------------------------------------------------------------------
 
     def _feed(self, event: Event) -> None:
-        """The core's answer to an event, carried out."""
+        """Carry out the core's answer to an event."""
         clock = self._world.clock
         for command in self._core.on_event(event, clock.now):
             if isinstance(command, Send):

@@ -63,22 +63,22 @@ class World:
 
     @property
     def slot_overhead_ms(self) -> float:
-        """Of one slot, on the profile's device."""
+        """Return what a slot takes on the profile's device beside its forward."""
         services_ms = self.settings.services_ms if self.profile.device == "cpu" else 0.0
         return self.settings.slot_overhead_ms + services_ms
 
     def vary(self, rates: Rates) -> Rates:
-        """The durations as they happen to be this time."""
+        """Return the durations as they happen to be this time."""
         factor = max(1 + self.chance.gauss(0, self.settings.jitter), 0.2)
         return Rates(alone_ms=rates.alone_ms * factor, beside_ms=rates.beside_ms * factor)
 
     def size(self, arrival: Arrival) -> tuple[int, int]:
-        """Its picture's height and width; the profile's own where it names none."""
+        """Return its picture's height and width; the profile's own where it names none."""
         if arrival.height and arrival.width:
             return arrival.height, arrival.width
         height, _, width = self.profile.slots[0].key.partition("x")
         return int(height), int(width)
 
     def key(self, request_id: str) -> str:
-        """The profile's name of a request's size."""
+        """Return the profile's name of a request's size."""
         return make_key(*self.size(self.arrivals[request_id]))
