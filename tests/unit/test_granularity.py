@@ -10,7 +10,7 @@ import torch
 from scheduler_world import make_worker
 
 from bench.profiler import choose_strip_fraction
-from services.scheduler.devices.profile import profile_in_short
+from services.scheduler.devices.choice import profile_in_short
 from services.scheduler.devices.profile_file import format_profile
 from services.vae_worker.chunk_plan import Granularity
 from services.vae_worker.granularity import choose_granularity

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scheduler_world import make_request, make_worker
 
 from services.scheduler.core.state import Request, Stage, UnetWorker
-from services.scheduler.devices.profile import profile_in_short
+from services.scheduler.devices.choice import profile_in_short
 from services.scheduler.planning.packing import Batch, pack_batches
 from services.scheduler.planning.threshold import Threshold
 

@@ -9,7 +9,7 @@ from scheduler_world import make_request, make_worker
 
 from services.scheduler.core.placement import choose_unet, choose_vae, loads, transport_of
 from services.scheduler.core.state import Request, Stage, UnetWorker, VaeWorker
-from services.scheduler.devices.profile import profile_in_short
+from services.scheduler.devices.choice import profile_in_short
 from services.scheduler.planning.threshold import Threshold
 from shared.messages import LatentsFinished, TensorHandle
 

@@ -7,16 +7,10 @@ from dataclasses import replace
 import pytest
 from scheduler_world import make_worker
 
+from services.scheduler.devices.choice import matching_profile, profile_in_short
 from services.scheduler.devices.drift import ALONE, MAX_RATIO, WEIGHT, Drift
 from services.scheduler.devices.durations import Durations
-from services.scheduler.devices.profile import (
-    DecodeTiming,
-    Profile,
-    SlotKind,
-    SlotTiming,
-    matching_profile,
-    profile_in_short,
-)
+from services.scheduler.devices.profile import DecodeTiming, Profile, SlotKind, SlotTiming
 from services.scheduler.devices.profile_file import format_profile, parse_profile
 from shared.errors import ConfigurationError
 from shared.messages import SlotShape

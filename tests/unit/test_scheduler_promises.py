@@ -9,13 +9,8 @@ import pytest
 from scheduler_world import World, make_request
 
 from bench.contenders import POLICIES, make_policy
-from services.scheduler.devices.profile import (
-    DecodeTiming,
-    Profile,
-    SlotKind,
-    SlotTiming,
-    profile_in_short,
-)
+from services.scheduler.devices.choice import profile_in_short
+from services.scheduler.devices.profile import DecodeTiming, Profile, SlotKind, SlotTiming
 from services.scheduler.planning.policies import PolicyOptions
 from services.scheduler.planning.threshold import Stretches, Threshold, ThresholdRule
 from services.scheduler.simulation.arrivals import (

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import fmean
 
 from services.scheduler.core.cluster import Cluster
-from services.scheduler.core.state import Request, Stage, UnetWorker, VaeWorker
+from services.scheduler.core.state import BatchKey, Request, Stage, UnetWorker, VaeWorker
 from services.scheduler.devices.profile import make_key
 from services.scheduler.planning.packing import MIN_ROWS
 
@@ -136,11 +137,15 @@ class CapacityMeter:
         if workers := self._workers(request.batch_key.model):
             self._pace(request).done.unet_ms += workers.encode_ms()
 
-    def note_step(self, request: Request) -> None:
-        """Count one more forward of a request, skipped or not."""
-        key = request.batch_key
-        if workers := self._workers(key.model):
-            self._pace(request).done.unet_ms += request.rows * workers.row_ms(key.size)
+    def note_steps(self, requests: Iterable[Request]) -> None:
+        """Count one more forward of each request, skipped or not."""
+        row_ms: dict[BatchKey, float] = {}
+        for request in requests:
+            key = request.batch_key
+            if key not in row_ms:
+                workers = self._workers(key.model)
+                row_ms[key] = workers.row_ms(key.size) if workers else 0.0
+            self._pace(request).done.unet_ms += request.rows * row_ms[key]
 
     def note_decode(self, request: Request) -> None:
         """Count an image that is done."""

@@ -192,8 +192,13 @@ class Facts:
         for failure in event.failures:
             if request := self.cluster.find(failure.request_id, failure.attempt):
                 self.endings.fail(request, code=failure.code, reason=failure.reason)
-        moved = [self._settle_row(report, event.incarnation, now) for report in event.rows]
-        self.outbox.report(request for request in moved if request)
+        moved = {}
+        for report in event.rows:
+            if request := self._settle_row(report, event.incarnation, now):
+                moved[request.request_id] = request
+        has_run = {report.request_id for report in event.rows if report.has_run}
+        self.capacity.note_steps(moved[name] for name in moved if name in has_run)
+        self.outbox.report(moved.values())
         self.dispatch.adjust_threshold(unet, now)
 
     def _settle_row(self, report: messages.RowReport, unet: str, now: float) -> Request | None:
@@ -205,8 +210,6 @@ class Facts:
             self.endings.restart(request, "lost by worker")
             return None
         self.cluster.note_row(request, report, now)
-        if report.has_run:
-            self.capacity.note_step(request)
         return request
 
     @settle.register

@@ -10,8 +10,9 @@ from services.scheduler.core.commands import ForgetWorker, KeepProfile
 from services.scheduler.core.endings import Endings
 from services.scheduler.core.outbox import Outbox
 from services.scheduler.core.state import UnetWorker, VaeWorker
+from services.scheduler.devices.choice import matching_profile, profile_in_short
 from services.scheduler.devices.drift import Drift
-from services.scheduler.devices.profile import Profile, matching_profile, profile_in_short
+from services.scheduler.devices.profile import Profile
 from services.scheduler.planning.policy import Policy
 from shared import messages
 from shared.messages import WorkerInfo

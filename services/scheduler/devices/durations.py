@@ -9,7 +9,7 @@ have fewer rows, so that all parts are done together: that is a slot's *shape*.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache
 from math import ceil
 from statistics import fmean
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
@@ -32,21 +32,31 @@ class Timed(NamedTuple):
     shape: SlotShape = NO_ROOM
 
 
+class _Remembered:
+    """A question whose answers are worked out once: `functools.cache` for each object of its own.
+
+    The cache takes the method's place in the object, so that asking costs a look-up and no call.
+    """
+
+    def __init__(self, question: Callable[..., object]) -> None:
+        self._question = question
+        self._name = ""
+        self.__doc__ = question.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, asked: object, owner: type) -> Callable[..., object]:
+        answers = cache(self._question.__get__(asked, owner))
+        asked.__dict__[self._name] = answers
+        return answers
+
+
 def _remembered(
     question: Callable[Concatenate[Durations, P], T],
 ) -> Callable[Concatenate[Durations, P], T]:
     """Return the same question, which is worked out once for each of its arguments."""
-    name = question.__name__
-
-    @wraps(question)
-    def ask(self: Durations, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        key = (name, args, *kwargs.values()) if kwargs else (name, args)
-        answers = self._answers
-        if key not in answers:
-            answers[key] = question(self, *args, **kwargs)
-        return cast("T", answers[key])
-
-    return ask
+    return cast("Callable[Concatenate[Durations, P], T]", _Remembered(question))
 
 
 class Durations:
@@ -58,7 +68,6 @@ class Durations:
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
-        self._answers: dict[object, object] = {}
 
     @_remembered
     def knee(self, size: str) -> int:

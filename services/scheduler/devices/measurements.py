@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from services.scheduler.devices.choice import MADE_WITH, SHORT_SPREAD
 from services.scheduler.devices.profile import (
-    MADE_WITH,
-    SHORT_SPREAD,
     DecodeTiming,
     Profile,
     SlotKind,

@@ -9,8 +9,8 @@ from itertools import accumulate, islice
 from services.scheduler.core.state import SlotInFlight
 from services.scheduler.devices.drift import ALONE, BESIDE, CHUNKS, Drift
 from services.scheduler.devices.durations import Durations, Timed
+from services.scheduler.planning.model import Option
 from services.scheduler.planning.packing import Batch
-from services.scheduler.planning.planner import Option
 from services.scheduler.planning.policy import Decode
 from services.scheduler.planning.skipping import Skippable
 

@@ -16,6 +16,7 @@ from statistics import fmean
 
 from services.scheduler.core.state import Request
 from services.scheduler.devices.drift import CHUNKS
+from services.scheduler.planning.model import Option, Problem
 from services.scheduler.planning.options import (
     InFlightStage,
     SlotTimings,
@@ -27,7 +28,6 @@ from services.scheduler.planning.options import (
     slot_options,
 )
 from services.scheduler.planning.packing import Batch, pack_batches
-from services.scheduler.planning.planner import Option, Problem
 from services.scheduler.planning.policy import Decode, DeviceView
 from services.scheduler.planning.skipping import find_skippable, skippable_in, skippable_next
 
