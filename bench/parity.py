@@ -22,9 +22,10 @@ from PIL import Image
 from bench.report import spread, write_report
 from cli.private_stack import private_stack
 from cli.stack import EMBEDDED_MODEL
+from services.unet_worker.backends.eager import EagerBackend
 from services.unet_worker.denoising.denoiser import Denoiser
 from services.unet_worker.denoising.samplers import SAMPLERS
-from services.unet_worker.families.loading import load_model
+from services.unet_worker.families.loading import load_family
 from services.vae_worker.image_encoder import to_pixels
 from services.vae_worker.model import load_decoder
 from shared.messages import ImageParameters, SlotRow
@@ -137,9 +138,9 @@ async def _run_stack(
 
 def _bfloat16_psnr_db(reference: Reference, cases: Sequence[Case]) -> list[float]:
     """PSNR of UNet and VAE in bfloat16 against the float32 pipeline, a value per case."""
-    model = load_model(EMBEDDED_MODEL, dtype="bfloat16")
+    family = load_family(EMBEDDED_MODEL, dtype="bfloat16")
     decoder = load_decoder(EMBEDDED_MODEL, dtype="bfloat16")
-    denoiser = Denoiser(model)
+    denoiser = Denoiser(family, EagerBackend(family))
     values = []
     for number, case in enumerate(cases):
         fields = {**asdict(case), "guidance_skip": "off", "model": EMBEDDED_MODEL.name}

@@ -25,9 +25,7 @@ STRIP_TOLERANCE = 5e-5
 BF16_TOLERANCE_DB = 0.2
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def decode(vae, latents: Tensor, granularity: Granularity) -> Tensor:

@@ -12,11 +12,11 @@ import torch
 from torch.testing import assert_close
 
 from services.unet_worker.backends.cpu import packed_weights
+from services.unet_worker.backends.cpu.backend import CpuBackend
 from services.unet_worker.backends.cpu.packed_weights import PackedWeights
-from services.unet_worker.backends.cpu.prepare import prepare_unet
 from services.unet_worker.backends.measure import zero_inputs
-from services.unet_worker.denoising.slot import unet_inputs
-from services.unet_worker.families.loading import DiffusionModel, load_model
+from services.unet_worker.families.loading import load_family
+from services.unet_worker.families.protocol import network_inputs
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -50,9 +50,16 @@ def _count(graph: Any, kind: str) -> int:
     return sum(node.kind() == kind for node in graph.inlined_graph.nodes())
 
 
-def _inputs(model: DiffusionModel, rows: int) -> list[torch.Tensor]:
-    inputs = unet_inputs(model, *zero_inputs(model, rows, 64, 64))
-    return [torch.randn_like(one) for one in inputs]
+def _prepared(folder: Path, dtype: Any) -> CpuBackend:
+    backend = CpuBackend(load_family(folder, device="cpu", dtype=dtype))
+    assert backend.prepare()
+    return backend
+
+
+def _inputs(backend: CpuBackend, rows: int) -> list[torch.Tensor]:
+    family = backend._family
+    inputs = network_inputs(family, *zero_inputs(family, rows, 64, 64))
+    return [torch.randn_like(tensor) for tensor in inputs]
 
 
 @needs_bfloat16
@@ -123,11 +130,9 @@ def test_layers_are_themselves_again_after_an_error() -> None:
 def test_forwards_are_the_same(
     tiny_model_folder: Path, dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packed = load_model(tiny_model_folder, device="cpu", dtype=dtype)
-    assert prepare_unet(packed)
+    packed = _prepared(tiny_model_folder, dtype)
     monkeypatch.setattr(PackedWeights, "in_use", lambda *_: contextlib.nullcontext())
-    plain = load_model(tiny_model_folder, device="cpu", dtype=dtype)
-    assert prepare_unet(plain)
+    plain = _prepared(tiny_model_folder, dtype)
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for rows in (1, 2, 5, 16, 33, 70):
@@ -141,10 +146,9 @@ def test_forwards_are_the_same(
 
 @needs_bfloat16
 def test_a_prepared_unet_uses_them(tiny_model_folder: Path) -> None:
-    model = load_model(tiny_model_folder, device="cpu", dtype="bfloat16")
-    assert prepare_unet(model)
-    [graph] = model.forward._graphs.values()
+    backend = _prepared(tiny_model_folder, "bfloat16")
+    [graph] = backend.forward._graphs.values()
     assert _count(graph, "mkldnn::_convolution_pointwise") == sum(
-        isinstance(layer, torch.nn.Conv2d) for layer in model.unet.modules()
+        isinstance(layer, torch.nn.Conv2d) for layer in backend._family.network.modules()
     )
     assert _count(graph, "aten::linear") == 0

@@ -1,12 +1,12 @@
-"""Denoises many requests at once: one UNet forward over rows of any step, sampler, scale and seed.
+"""Denoises many requests at once: a forward over rows of any step, sampler, scale and seed.
 
 The life of a request here: `admit` encodes its prompt and gives it a row of resident latents;
 every `run` that names it with the step it holds moves it one forward on; after the last one its
 latents are handed out and the row is free.
 
-A row's result does not depend on its neighbours: no operation mixes rows. It can differ in the last
-bits with the number of rows, because matrix kernels differ by shape; over whole trajectories that
-stays far below what an 8-bit image shows.
+A row's result does not depend on its neighbours: no operation mixes rows. Whether it is the same to
+the last bit is the backend's affair (`Backend.rows_are_independent`): kernels can differ by the
+number of rows.
 
 All methods belong on one thread, the compute thread, except `draw_ahead`.
 """
@@ -18,24 +18,13 @@ from dataclasses import dataclass
 
 import torch
 
-from services.unet_worker.backends import measure
-from services.unet_worker.denoising.admission import (
-    batch_key,
-    check_parameters,
-    is_guided,
-    make_conditions,
-)
-from services.unet_worker.denoising.latents import (
-    BatchKey,
-    LatentStore,
-    NoiseSource,
-    Resident,
-    ResumeState,
-)
+from services.unet_worker.backends.measure import Stopwatch
+from services.unet_worker.backends.protocol import Backend
+from services.unet_worker.denoising.admission import check_parameters
+from services.unet_worker.denoising.latents import LatentStore, NoiseSource, Resident, ResumeState
 from services.unet_worker.denoising.samplers import Samplers
 from services.unet_worker.denoising.slot import RowOutcome, Slot, SlotRequest
-from services.unet_worker.families.loading import DiffusionModel
-from services.unet_worker.families.text_encoder import TextEncoder
+from services.unet_worker.families.protocol import Family
 from shared.errors import NumericalError, ProtocolError, SynerDiffError
 from shared.guidance_skip import SKIP_LEVELS, SkipParameters
 from shared.messages import HeldRequest, ImageParameters, RowFailure, RowReport, SlotRow
@@ -43,48 +32,55 @@ from shared.messages import HeldRequest, ImageParameters, RowFailure, RowReport,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:
-    """A request is held from now on.
-
-    num_forwards: UNet forwards it takes. warnings: in words for the client.
-    """
+    """A request is held from now on."""
 
     num_forwards: int
-    batch_key: BatchKey
+    """Forwards that it takes."""
+
+    batch_key: str
+    """What it shares with requests that it may share a forward with."""
+
     is_guided: bool
+    """Whether a full step of it takes two rows."""
+
     warnings: tuple[str, ...]
+    """In words for the client."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FinishedLatents:
-    """A request is denoised and no longer held.
-
-    latents: shape (1, C, h, w), float32, contiguous, on the model's device, the caller's own.
-    """
+    """A request is denoised and no longer held."""
 
     request_id: str
     attempt: str
+
     latents: torch.Tensor
+    """(1, C, h, w), float32, contiguous, on the model's device, the caller's own."""
+
     skipped_steps: tuple[int, ...]
+    """Forwards that ran without their negative row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SlotResult:
-    """What became of a slot.
-
-    rows: one report per row asked for, in order. num_unet_rows: rows of the forward.
-    """
+    """What became of a slot."""
 
     rows: tuple[RowReport, ...]
+    """A report for each row asked for, in order."""
+
     finished: tuple[FinishedLatents, ...] = ()
     failures: tuple[RowFailure, ...] = ()
+
     num_unet_rows: int = 0
+    """Rows of the forward."""
 
 
 class Denoiser:
     """The numerics of a UNet worker.
 
     Args:
-        model: Loaded by `load_model`.
+        family: The model.
+        backend: How its forwards are run.
         max_requests: Held at once.
         max_side: Pixels of a picture's longer side.
         max_steps: Cap on `num_inference_steps`.
@@ -93,20 +89,22 @@ class Denoiser:
 
     def __init__(
         self,
-        model: DiffusionModel,
+        family: Family,
+        backend: Backend,
         *,
         max_requests: int = 64,
         max_side: int = 1024,
         max_steps: int = 150,
         skip_levels: Mapping[str, SkipParameters | None] = SKIP_LEVELS,
     ) -> None:
-        self._model = model
+        self._family = family
+        self._backend = backend
         self._max_side = max_side
         self._skip_levels = skip_levels
-        self.samplers = Samplers(model.pipeline.scheduler, device=model.device, max_steps=max_steps)
-        self.text_encoder = TextEncoder(model.pipeline, device=model.device)
+        self.samplers = Samplers(family.noise_scheduler, device=family.device, max_steps=max_steps)
+        self.stopwatch = Stopwatch(family=family, backend=backend)
         self._store = LatentStore(
-            model,
+            family,
             max_requests=max_requests,
             max_forwards=2 * max_steps + 16,  # Heun's second order, PNDM's warm-up
         )
@@ -172,8 +170,8 @@ class Denoiser:
         if not chosen:
             return SlotResult(rows=tuple(self._report(row, None) for row in rows))
         slot = Slot(list(chosen.values()))
-        with self._model.forward.holding_threads():
-            outcomes = slot.denoise(self._model)
+        with self._backend.serving_slot():
+            outcomes = slot.denoise(self._backend)
         finished: list[FinishedLatents] = []
         failures: list[RowFailure] = []
         for outcome in outcomes:
@@ -225,55 +223,35 @@ class Denoiser:
             raise
         return self.admit(state.request_id, state.attempt, state.parameters)
 
-    def warm_up(self, sizes: Sequence[tuple[int, int]], row_counts: Sequence[int]) -> None:
-        """Run the UNet once at every (height, width) in pixels with every number of rows."""
-        measure.warm_up(self._model, sizes, row_counts)
-
-    def measure(
-        self,
-        row_counts: Sequence[int],
-        *,
-        size: tuple[int, int] | None = None,
-        num_repeats: int = 5,
-    ) -> dict[int, float]:
-        """Median milliseconds of a UNet forward by its rows, at `size` or the model's default.
-
-        row_counts: ascending; none is measured behind the first that gains nothing, twice.
-        """
-        return measure.measure(self._model, row_counts, size=size, num_repeats=num_repeats)
-
-    def measure_for(self, window_s: float, *, rows: int, size: tuple[int, int]) -> float:
-        """Median milliseconds of a forward, one after another for so long, at `size` in pixels."""
-        return measure.measure_for(self._model, window_s, rows=rows, size=size)
-
     def _add(self, request_id: str, attempt: str, parameters: ImageParameters) -> Resident:
-        model, facts = self._model, self._model.facts
-        check_parameters(parameters, facts, max_side=self._max_side, skip_levels=self._skip_levels)
+        family = self._family
+        check_parameters(
+            parameters, family.facts, max_side=self._max_side, skip_levels=self._skip_levels
+        )
         table = self.samplers.table(parameters.sampler, parameters.num_inference_steps)
-        conditions, warnings = make_conditions(parameters, model, self.text_encoder)
-        key = batch_key(parameters, facts)
-        guided = is_guided(parameters, facts)
+        encoding = family.encode(parameters)
+        guided = family.is_guided(parameters)
         may_skip = guided and table.num_forwards == parameters.num_inference_steps
+        noise = NoiseSource(
+            parameters.seed, (1, *family.latents_shape(parameters)), sum(table.draws_noise)
+        )
         resident = Resident(
             request_id=request_id,
             attempt=attempt,
             parameters=parameters,
-            warnings=warnings,
+            warnings=encoding.warnings,
             table=table,
             is_guided=guided,
             skip_parameters=self._skip_levels[parameters.guidance_skip] if may_skip else None,
-            noise=NoiseSource(
-                parameters.seed,
-                (1, facts.latent_channels, key.latent_height, key.latent_width),
-                sum(table.draws_noise),
-            ),
+            noise=noise,
             scheduler=(
                 None
                 if table.is_linear
                 else self.samplers.instance(parameters.sampler, parameters.num_inference_steps)
             ),
         )
-        self._store.add(resident, key, conditions)
+        state = family.initial_state(parameters, noise.initial[0], table.init_noise_sigma)
+        self._store.add(resident, family.batch_key(parameters), state, encoding)
         return resident
 
     def _choose(self, rows: Sequence[SlotRow]) -> dict[int, SlotRequest]:

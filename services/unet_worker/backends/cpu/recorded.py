@@ -1,4 +1,4 @@
-"""The UNet's forward, on a CPU as a recorded graph.
+"""A network's forward as a recorded graph.
 
 For a few rows diffusers' Python takes as long as the kernels that it calls, and it needs the
 interpreter's lock for each of them. A graph recorded once calls the same kernels without either,
@@ -27,35 +27,36 @@ from services.unet_worker.backends.cpu.packed_weights import PackedWeights
 _Inputs = tuple[torch.Tensor, ...]
 
 
-class UnetForward:
-    """Calls a UNet, or what was recorded of it for inputs of that size.
+class RecordedForward:
+    """Calls a network, or what was recorded of it for inputs of that size.
 
     Args:
-        unet: A diffusers `UNet2DConditionModel`.
-
-    Attributes:
+        network: Of a family.
+        condition_names: Its conditions, in the order in which inputs have them.
         splits_rows: Whether recorded forwards run in parts, as many as there are threads or rows;
             else each of their operations runs on all threads.
     """
 
-    def __init__(self, unet: Any) -> None:
-        self.splits_rows = True
-        self._call = _PositionalCall(unet)
-        self._weights = PackedWeights(unet)
+    def __init__(
+        self, network: torch.nn.Module, condition_names: tuple[str, ...], *, splits_rows: bool
+    ) -> None:
+        self._splits_rows = splits_rows
+        self._call = _PositionalCall(network, condition_names)
+        self._weights = PackedWeights(network)
         self._graphs: dict[torch.Size, Any] = {}
         self._threads = 0
         self._helpers: ThreadPoolExecutor | None = None
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The UNet's output, computed on the caller's threads or those that it holds for this.
+        """Return the network's output, computed on the caller's threads or those held for it.
 
-        inputs: sample (rows, C, h, w), timestep (rows,), prompt embeddings (rows, tokens, width),
-        and timestep_cond (rows, channels) of a UNet that takes one.
+        Args:
+            inputs: Sample (rows, C, h, w), timestep (rows,), and each condition (rows, *shape).
         """
         graph = self._graphs.get(inputs[0].shape[1:])
         callers = torch.get_num_threads()
         threads = self._threads or callers
-        num_parts = min(threads, len(inputs[0])) if graph and self.splits_rows else 1
+        num_parts = min(threads, len(inputs[0])) if graph and self._splits_rows else 1
         try:
             if num_parts > 1:
                 return self._in_parts(graph, inputs, num_parts, threads // num_parts)
@@ -66,7 +67,7 @@ class UnetForward:
 
     @contextlib.contextmanager
     def holding_threads(self) -> Iterator[None]:
-        """Meanwhile only forwards run on the caller's threads, everything else of it on one.
+        """Run only forwards on the caller's threads meanwhile, everything else of it on one.
 
         What is small gains nothing by many, and they would go on waiting for more of it.
         """
@@ -79,7 +80,7 @@ class UnetForward:
             self._threads = 0
 
     def _in_parts(self, graph: Any, inputs: _Inputs, num_parts: int, threads: int) -> torch.Tensor:
-        """All parts at once, the first in this thread; each on so many threads."""
+        """Run all parts at once, each on so many threads, and return their outputs as one."""
         if self._helpers is None:
             self._helpers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="part")
         giving_way = GivingWay.running
@@ -88,7 +89,7 @@ class UnetForward:
             sizes = giving_way.part_sizes(rows, num_parts)
         else:
             sizes = even_sizes(rows, num_parts)
-        parts = list(zip(*(torch.split(one, sizes) for one in inputs), strict=True))
+        parts = list(zip(*(torch.split(tensor, sizes) for tensor in inputs), strict=True))
         order = giving_way.parts(len(parts), threads) if giving_way else None
         others = [
             self._helpers.submit(_run_part, graph, part, threads, order, i)
@@ -98,20 +99,24 @@ class UnetForward:
             first = _run_part(graph, parts[0], threads, order, 0)
         finally:
             wait(others)
-        return torch.cat([first, *(one.result() for one in others)])
+        return torch.cat([first, *(other.result() for other in others)])
 
     @torch.inference_mode()
     def record(self, *inputs: torch.Tensor) -> bool:
-        """Use a graph for inputs like these, with any number of rows; returns whether there is one.
+        """Use a graph for inputs like these from now on, with any number of rows.
 
-        It has to give exactly what the UNet gives, for random inputs. The UNet must not change from
-        then on.
+        It has to give exactly what the network gives, for random inputs. The network must not
+        change from then on.
 
-        inputs: as for a call, two rows or more; their values don't matter.
+        Args:
+            inputs: As for a call, two rows or more; their values don't matter.
+
+        Returns:
+            Whether there is such a graph.
         """
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)  # what is found to be the same is so at every start
-            inputs = tuple(torch.randn_like(one) for one in inputs)
+            inputs = tuple(torch.randn_like(tensor) for tensor in inputs)
             packed = self._weights.in_use(lambda: self._call(*inputs))
             graph = self._graph(inputs, packed) or self._graph(inputs, contextlib.nullcontext())
         if graph:
@@ -121,8 +126,8 @@ class UnetForward:
     def _graph(
         self, inputs: _Inputs, weights: contextlib.AbstractContextManager[object]
     ) -> Any | None:
-        """None if the UNet can't be recorded, or not for any number of rows."""
-        others = tuple(torch.randn_like(torch.cat([one, one[:1]])) for one in inputs)
+        """Return a graph, or None if there is none that holds for any number of rows."""
+        others = tuple(torch.randn_like(torch.cat([rows, rows[:1]])) for rows in inputs)
         try:
             with weights, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of age, and for each Python condition on the way
@@ -142,23 +147,18 @@ def _run_part(
 
 
 class _PositionalCall(torch.nn.Module):
-    def __init__(self, unet: Any) -> None:
+    """A family's network with its conditions as positional arguments, which can be recorded."""
+
+    def __init__(self, network: torch.nn.Module, condition_names: tuple[str, ...]) -> None:
         super().__init__()
-        self.unet = unet
+        self.network = network
+        self._names = condition_names
         self.eval()
 
     def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        prompt_embeds: torch.Tensor,
-        timestep_cond: torch.Tensor | None = None,
+        self, sample: torch.Tensor, timestep: torch.Tensor, *conditions: torch.Tensor
     ) -> torch.Tensor:
-        prediction: torch.Tensor = self.unet(
-            sample,
-            timestep,
-            encoder_hidden_states=prompt_embeds,
-            timestep_cond=timestep_cond,
-            return_dict=False,
-        )[0]
+        """Return the network's prediction."""
+        named = dict(zip(self._names, conditions, strict=True))
+        prediction: torch.Tensor = self.network(sample, timestep, named)
         return prediction

@@ -11,10 +11,11 @@ import pytest
 import torch
 from tiny_model import make_tiny_model
 
-from services.unet_worker.families.loading import choose_device, choose_dtype, load_model
+from services.unet_worker.families.loading import load_family
+from shared.device import choose_device, choose_dtype
 from shared.errors import ConfigurationError
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_facts_are_the_folders_own(tmp_path: Path) -> None:
@@ -26,12 +27,15 @@ def test_the_facts_are_the_folders_own(tmp_path: Path) -> None:
         sample_size=12,
         use_linear_projection=True,
     )
-    facts = load_model(folder, device="cpu", dtype="float32").facts
-    assert facts.latent_channels == 8
-    assert facts.vae_scale_factor == 4
+    family = load_family(folder, device="cpu", dtype="float32")
+    facts, latents = family.facts, family.latents_format
+    assert (latents.channels, latents.vae_scale_factor) == (8, 4)
+    assert (latents.scaling_factor, latents.shift_factor) == (0.18215, 0.0)
     assert (facts.default_height, facts.default_width) == (48, 48)
     assert facts.side_multiple == 8
-    assert facts.max_tokens == 16
+    assert facts.max_prompt_tokens == 14
+    assert family.conditions.keys() == {"prompt_embeds"}
+    assert family.conditions["prompt_embeds"].shape == (16, 32)
     assert facts.prediction_type == "v_prediction"
 
 
@@ -40,9 +44,9 @@ def test_the_vae_is_not_loaded(tiny_model_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model_folder, folder)
     for weights in (folder / "vae").glob("*.safetensors"):
         weights.unlink()
-    model = load_model(folder, device="cpu", dtype="bfloat16")
-    assert model.pipeline.vae is None
-    assert model.unet.dtype == model.dtype == torch.bfloat16
+    family: Any = load_family(folder, device="cpu", dtype="bfloat16")
+    assert family.pipeline.vae is None
+    assert family.unet.dtype == family.dtype == torch.bfloat16
 
 
 def _change(folder: Path, file: str, **fields: Any) -> None:
@@ -67,7 +71,7 @@ def test_a_folder_that_is_wrong_is_refused_with_the_reason(
     shutil.copytree(tiny_model_folder, folder)
     _change(folder, file, **fields)
     with pytest.raises(ConfigurationError, match=complaint):
-        load_model(folder, device="cpu", dtype="float32")
+        load_family(folder, device="cpu", dtype="float32")
 
 
 @pytest.mark.parametrize("part", ["model_index.json", "vae/config.json", "unet/config.json"])
@@ -76,12 +80,12 @@ def test_a_missing_part_is_named(tiny_model_folder: Path, tmp_path: Path, part: 
     shutil.copytree(tiny_model_folder, folder)
     (folder / part).unlink()
     with pytest.raises(ConfigurationError, match=part.split("/", maxsplit=1)[0]):
-        load_model(folder, device="cpu", dtype="float32")
+        load_family(folder, device="cpu", dtype="float32")
 
 
 def test_a_folder_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigurationError, match=r"/nowhere/model_index\.json is missing"):
-        load_model("/nowhere")
+        load_family("/nowhere")
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "tpu", "meta", "cpu:x"])
