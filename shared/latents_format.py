@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigurationError
+from shared.model_folder import read_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,26 +49,6 @@ def read_latents_format(folder: Path) -> LatentsFormat:
         )
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"{path} is not a VAE's configuration: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a file of a model folder.
-
-    Raises:
-        ConfigurationError: The file is missing, or holds no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigurationError(
-            f"{path} is missing; a model is a diffusers folder with model_index.json, "
-            "tokenizer, text_encoder, unet, vae and scheduler"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"{path} should hold a JSON object")
-    return content
 
 
 _DEFAULT_SCALING = {"AutoencoderKL": 0.18215, "AutoencoderTiny": 1.0}  # of diffusers' own classes

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 import uvloop
 from redis.asyncio import Redis
 
-from shared.errors import SynerDiffError
+from shared.errors import EXIT_CONFIGURATION, ConfigurationError, SynerDiffError
 from shared.logs import configure_logging, get_logger
 from shared.probe import serve_probe
 from shared.settings import ServiceSettings, load_settings
@@ -36,11 +36,16 @@ S = TypeVar("S", bound=ServiceSettings)
 def run_service(
     name: str, settings_kind: type[S], make_service: Callable[[Redis, S], Service]
 ) -> None:
-    """Read the settings, serve until SIGTERM or SIGINT, and exit: 0 if stopped, 1 on an error."""
+    """Read the settings, serve until SIGTERM or SIGINT, and exit.
+
+    With 0 if stopped, with `EXIT_CONFIGURATION` where another start would fail alike, with 1 on any
+    other error.
+    """
     try:
         settings = load_settings(settings_kind)
     except SynerDiffError as error:
-        sys.exit(f"{name}: {error}")
+        print(f"{name}: {error}", file=sys.stderr)  # noqa: T201 - there is no log yet
+        sys.exit(EXIT_CONFIGURATION)
     configure_logging(service=name, log_format=settings.log_format, level=settings.log_level)
     log = get_logger()
     log.info("starting", settings=settings.model_dump(mode="json"))
@@ -60,7 +65,17 @@ def run_service(
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve())
-    except SynerDiffError as error:
-        log.error("stopped", error=str(error), code=error.code)  # noqa: TRY400 - it says all
-        sys.exit(1)
+    except* SynerDiffError as group:
+        reason = _first(group)
+        log.error("stopped", error=str(reason), code=reason.code)  # noqa: TRY400 - it says all
+        sys.exit(EXIT_CONFIGURATION if isinstance(reason, ConfigurationError) else 1)
     log.info("stopped")
+
+
+def _first(group: BaseExceptionGroup[SynerDiffError]) -> SynerDiffError:
+    """One of what ended a service's tasks."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, SynerDiffError)
+    return error

@@ -7,7 +7,7 @@ stages keep no state; what lies between them is `FeatureMap`s, held by `chunked_
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -37,18 +37,38 @@ def _conv_flops(conv: nn.Conv2d, pixels: int) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Stem:
-    """Latents to features: the scaling factor, `post_quant_conv` (None without) and `conv_in`."""
+    """Latents to features: the latents' format, `post_quant_conv` and `conv_in`."""
 
     enlarges: ClassVar[int] = 1
     name: str
+
     scaling_factor: float
+    """Of the latents' format."""
+
+    shift_factor: float
+    """Of the latents' format."""
+
     post_quant_conv: nn.Conv2d | None
+    """None in a VAE without."""
+
     conv_in: nn.Conv2d
 
+    is_bounded: bool = False
+    """Whether latents are squeezed into a range of 3, as tiny autoencoders want them."""
+
     def whole(self, latents: Tensor) -> Tensor:
-        """As `StableDiffusionPipeline` does, then in the decoder's dtype and on its device."""
+        """Return the features as the pipeline computes them, in the decoder's dtype, on its device.
+
+        Args:
+            latents: Scaled and shifted, of any float dtype.
+        """
         weight = self.conv_in.weight
-        latents = (latents / self.scaling_factor).to(device=weight.device, dtype=weight.dtype)
+        latents = latents / self.scaling_factor
+        if self.shift_factor:
+            latents = latents + self.shift_factor
+        latents = latents.to(device=weight.device, dtype=weight.dtype)
+        if self.is_bounded:
+            latents = (latents / 3).tanh() * 3
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         features: Tensor = self.conv_in(latents)
@@ -180,21 +200,89 @@ class Attention:
         return self.channels * width
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Whole:
+    """Any layer of a tiny autoencoder, which is cheap enough never to be cut into strips."""
+
+    name: str
+    module: nn.Module
+    channels: int
+
+    enlarges: int = 1
+    """Output pixels of a side for one of the input's."""
+
+    is_last: bool = False
+    """Whether its output is the image in [0, 1], which the library stretches to [-1, 1]."""
+
+    def whole(self, features: Tensor) -> Tensor:
+        """Return the whole map by the library's module."""
+        result: Tensor = self.module(features)
+        return result.mul(2).sub(1) if self.is_last else result
+
+    def cost(self, pixels: int, itemsize: int) -> float:
+        """Return the estimated cost in operations for `pixels` output pixels of one sample."""
+        convolutions = [layer for layer in self.module.modules() if isinstance(layer, nn.Conv2d)]
+        flops = sum(_conv_flops(layer, pixels) for layer in convolutions)
+        return flops + FLOPS_PER_BYTE * 2 * self.channels * pixels * itemsize
+
+    def row_elements(self, width: int) -> int:
+        """Return the elements of one output row."""
+        return self.channels * width
+
+
 Strippable = NormConv | Upsample
-Stage = Stem | Strippable | Attention
+Stage = Stem | Strippable | Attention | Whole
 
 
 def read_stages(vae: Any) -> list[Stage]:
-    """The stages of a diffusers `AutoencoderKL`'s decode, in the order in which they run.
+    """Return the stages of a diffusers autoencoder's decode, in the order in which they run.
+
+    Args:
+        vae: An `AutoencoderKL` or an `AutoencoderTiny`.
 
     Raises:
         ConfigurationError: The decoder has a block that this module can't take apart.
     """
+    return _read_tiny(vae) if type(vae).__name__ == "AutoencoderTiny" else _read_kl(vae)
+
+
+def _read_tiny(vae: Any) -> list[Stage]:
+    first, *layers = vae.decoder.layers
+    stages: list[Stage] = [
+        Stem(
+            name="layers.0",
+            scaling_factor=vae.config.scaling_factor,
+            shift_factor=0.0,
+            post_quant_conv=None,
+            conv_in=first,
+            is_bounded=True,
+        )
+    ]
+    channels = first.out_channels
+    for number, layer in enumerate(layers, start=1):
+        stages.append(
+            Whole(
+                name=f"layers.{number}",
+                module=layer,
+                channels=channels,
+                enlarges=_scale_of(layer),
+                is_last=number == len(layers),
+            )
+        )
+    return stages
+
+
+def _scale_of(layer: nn.Module) -> int:
+    return int(cast("float", layer.scale_factor)) if isinstance(layer, nn.Upsample) else 1
+
+
+def _read_kl(vae: Any) -> list[Stage]:
     decoder = vae.decoder
     stages: list[Stage] = [
         Stem(
             name="conv_in",
             scaling_factor=vae.config.scaling_factor,
+            shift_factor=vae.config.shift_factor or 0.0,
             post_quant_conv=vae.post_quant_conv,
             conv_in=decoder.conv_in,
         )

@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+from denoising import parameters
 from tiny_model import make_tiny_model
 
 from services.unet_worker.families.loading import load_family
@@ -58,7 +60,7 @@ def _change(folder: Path, file: str, **fields: Any) -> None:
     ("file", "fields", "complaint"),
     [
         ("model_index.json", {"_class_name": "FluxPipeline"}, "FluxPipeline"),
-        ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type"),
+        ("unet/config.json", {"class_embed_type": "identity"}, "class_embed_type"),
         ("vae/config.json", {"latent_channels": 16}, "latent channels, 16"),
         ("tokenizer/tokenizer_config.json", {"model_max_length": 77}, "model_max_length=77"),
         ("unet/config.json", {"cross_attention_dim": 33}, "can't be loaded"),
@@ -101,3 +103,45 @@ def test_dtypes_have_their_names() -> None:
     assert choose_dtype("auto", torch.device("cuda")) == torch.float16
     with pytest.raises(ConfigurationError, match="float64"):
         choose_dtype("float64", cpu)  # type: ignore[arg-type]
+
+
+def test_a_latent_consistency_folder_is_served_under_its_own_pipelines_class(
+    tmp_path: Path,
+) -> None:
+    folder = make_tiny_model(tmp_path, time_cond_proj_dim=16, scheduler_class="LCMScheduler")
+    _change(folder, "model_index.json", _class_name="LatentConsistencyModelPipeline")
+    family = load_family(folder, device="cpu", dtype="float32")
+    assert list(family.conditions) == ["prompt_embeds", "timestep_cond"]
+    request = parameters(guidance_scale=8.0, negative_prompt="dog")
+    assert not family.is_guided(request)
+    pipeline = diffusers.LatentConsistencyModelPipeline.from_pretrained(
+        folder, low_cpu_mem_usage=False
+    )
+    embedding = pipeline.get_guidance_scale_embedding(torch.tensor([7.0]), embedding_dim=16)
+    torch.testing.assert_close(family.encode(request).positive["timestep_cond"], embedding[0])
+
+
+def test_a_consistency_folder_whose_network_takes_no_scale_is_refused(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path, scheduler_class="LCMScheduler")
+    _change(folder, "model_index.json", _class_name="LatentConsistencyModelPipeline")
+    with pytest.raises(ConfigurationError, match="time_cond_proj_dim"):
+        load_family(folder, device="cpu", dtype="float32")
+
+
+def test_requests_share_a_batch_by_the_size_of_their_latents(tiny_model_folder: Path) -> None:
+    family = load_family(tiny_model_folder, device="cpu", dtype="float32")
+    key = family.batch_key(parameters(height=32, width=48))
+    assert key == family.batch_key(parameters(height=32, width=48, prompt="else", seed=9))
+    assert key != family.batch_key(parameters(height=48, width=32))
+
+
+def test_every_condition_of_an_encoding_is_as_it_was_announced(tmp_path: Path) -> None:
+    for name, settings in (("sd", {}), ("lcm", {"time_cond_proj_dim": 16})):
+        folder = make_tiny_model(tmp_path / name, **settings)
+        family = load_family(folder, device="cpu", dtype="bfloat16")
+        encoding = family.encode(parameters())
+        for side in (encoding.negative, encoding.positive):
+            assert side.keys() == family.conditions.keys()
+            for condition, spec in family.conditions.items():
+                assert side[condition].shape == spec.shape
+                assert side[condition].dtype == spec.dtype

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from services.unet_worker.backends.cpu import packed_weights
 from services.unet_worker.backends.cpu.backend import CpuBackend
+from services.unet_worker.backends.cpu.independent_rows import inputs_of_layers
 from services.unet_worker.backends.cpu.packed_weights import PackedWeights
 from services.unet_worker.backends.measure import zero_inputs
 from services.unet_worker.families.loading import load_family
@@ -46,6 +47,10 @@ def _record(model: torch.nn.Module, x: torch.Tensor) -> Any:
         return torch.jit.trace(model, x)
 
 
+def _given(model: torch.nn.Module, x: torch.Tensor) -> dict[torch.nn.Module, torch.Tensor]:
+    return inputs_of_layers(model, lambda: model(x))
+
+
 def _count(graph: Any, kind: str) -> int:
     return sum(node.kind() == kind for node in graph.inlined_graph.nodes())
 
@@ -67,10 +72,10 @@ def _inputs(backend: CpuBackend, rows: int) -> list[torch.Tensor]:
 def test_layers_that_are_given_the_same_are_one_call() -> None:
     model, x = Attention().bfloat16(), torch.randn(5, WIDTH, dtype=torch.bfloat16)
     expected = model(x)
-    with PackedWeights(model).in_use(lambda: model(x)) as num_packed:
+    with PackedWeights(model).in_use(_given(model, x)) as packed:
         assert torch.equal(model(x), expected)
         graph = _record(model, x)
-    assert num_packed == 5
+    assert len(packed) == 5
     assert _count(graph, "mkldnn::_linear_pointwise") == 3  # q, k and v; out; the one without bias
     assert not any("forward" in vars(layer) for layer in model.modules())
     more = torch.randn(9, WIDTH, dtype=torch.bfloat16)
@@ -80,8 +85,8 @@ def test_layers_that_are_given_the_same_are_one_call() -> None:
 @torch.inference_mode()
 def test_linear_layers_in_float32_stay_as_they_are() -> None:
     model, x = Attention(), torch.randn(5, WIDTH)
-    with PackedWeights(model).in_use(lambda: model(x)) as num_packed:
-        assert num_packed == 0
+    with PackedWeights(model).in_use(_given(model, x)) as packed:
+        assert len(packed) == 0
 
 
 @needs_bfloat16
@@ -89,12 +94,12 @@ def test_linear_layers_in_float32_stay_as_they_are() -> None:
 def test_a_layout_that_depends_on_the_rows_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = torch.nn.Conv2d(16, 16, 3, padding=1).bfloat16(), torch.randn(2, 16, 8, 8).bfloat16()
     layers = torch.nn.Sequential(layer)
-    with PackedWeights(layers).in_use(lambda: layers(x)) as num_packed:
-        assert num_packed == 1
+    with PackedWeights(layers).in_use(_given(layers, x)) as packed:
+        assert len(packed) == 1
     layouts = iter(range(100))
     monkeypatch.setattr(packed_weights, "_layout", lambda _: next(layouts))
-    with PackedWeights(layers).in_use(lambda: layers(x)) as num_packed:
-        assert num_packed == 0
+    with PackedWeights(layers).in_use(_given(layers, x)) as packed:
+        assert len(packed) == 0
 
 
 @needs_bfloat16
@@ -102,8 +107,8 @@ def test_a_layout_that_depends_on_the_rows_is_not_used(monkeypatch: pytest.Monke
 def test_what_does_not_give_exactly_the_same_is_not_used() -> None:
     model, x = Attention().bfloat16(), torch.randn(5, WIDTH, dtype=torch.bfloat16)
     model.q.register_forward_hook(lambda *args: args[-1] + torch.rand(()))
-    with PackedWeights(model).in_use(lambda: model(x)) as num_packed:
-        assert num_packed == 4
+    with PackedWeights(model).in_use(_given(model, x)) as packed:
+        assert len(packed) == 4
 
 
 @needs_bfloat16
@@ -112,15 +117,15 @@ def test_a_layer_that_is_called_twice_stays_as_it_is() -> None:
     layer, x = torch.nn.Linear(WIDTH, WIDTH).bfloat16(), torch.randn(5, WIDTH).bfloat16()
     model = torch.nn.Sequential(layer, torch.nn.SiLU(), layer)
     expected = model(x)
-    with PackedWeights(model).in_use(lambda: model(x)) as num_packed:
-        assert num_packed == 0
+    with PackedWeights(model).in_use(_given(model, x)) as packed:
+        assert len(packed) == 0
         assert torch.equal(model(x), expected)
 
 
 @torch.inference_mode()
 def test_layers_are_themselves_again_after_an_error() -> None:
     model, x = Attention().bfloat16(), torch.randn(5, WIDTH, dtype=torch.bfloat16)
-    with contextlib.suppress(ZeroDivisionError), PackedWeights(model).in_use(lambda: model(x)):
+    with contextlib.suppress(ZeroDivisionError), PackedWeights(model).in_use(_given(model, x)):
         raise ZeroDivisionError
     assert not any("forward" in vars(layer) for layer in model.modules())
 
@@ -131,7 +136,7 @@ def test_forwards_are_the_same(
     tiny_model_folder: Path, dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed = _prepared(tiny_model_folder, dtype)
-    monkeypatch.setattr(PackedWeights, "in_use", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(PackedWeights, "in_use", lambda *_: contextlib.nullcontext(()))
     plain = _prepared(tiny_model_folder, dtype)
     for threads in (1, 2):
         torch.set_num_threads(threads)

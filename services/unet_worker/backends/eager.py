@@ -23,10 +23,13 @@ class EagerBackend:
         family: Whose network is run.
     """
 
-    rows_are_independent = False
-
     def __init__(self, family: Family) -> None:
         self._family = family
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """Return False: kernels may differ by the number of rows."""
+        return False
 
     def prepare(self, sizes: Sequence[tuple[int, int]] = ()) -> bool:
         """Check the sizes; there is nothing to make faster."""

@@ -17,8 +17,12 @@ T = TypeVar("T")
 class Backend(Protocol):
     """Runs forwards. All methods belong on the compute thread, except `handing_over`."""
 
-    rows_are_independent: bool
-    """Whether a row's prediction is the same to the bit alone and among others, on any threads."""
+    @property
+    def rows_are_independent(self) -> bool:
+        """Return whether a row's prediction is the same to the bit alone and among others.
+
+        On any number of threads, whatever runs beside.
+        """
 
     def prepare(self, sizes: Sequence[tuple[int, int]] = ()) -> bool:
         """Make forwards fast at the model's default size and each (height, width) in pixels.

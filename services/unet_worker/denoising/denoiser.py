@@ -14,7 +14,7 @@ All methods belong on one thread, the compute thread, except `draw_ahead`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,10 +22,11 @@ from services.unet_worker.backends.measure import Stopwatch
 from services.unet_worker.backends.protocol import Backend
 from services.unet_worker.denoising.admission import check_parameters
 from services.unet_worker.denoising.latents import LatentStore, NoiseSource, Resident, ResumeState
+from services.unet_worker.denoising.own_scheduler import OwnScheduler
 from services.unet_worker.denoising.samplers import Samplers
 from services.unet_worker.denoising.slot import RowOutcome, Slot, SlotRequest
 from services.unet_worker.families.protocol import Family
-from shared.errors import NumericalError, ProtocolError, SynerDiffError
+from shared.errors import NumericalError, SynerDiffError
 from shared.guidance_skip import SKIP_LEVELS, SkipParameters
 from shared.messages import HeldRequest, ImageParameters, RowFailure, RowReport, SlotRow
 
@@ -46,6 +47,9 @@ class Admission:
     warnings: tuple[str, ...]
     """In words for the client."""
 
+    num_skipped: int = 0
+    """Steps whose guidance was skipped where it was before."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FinishedLatents:
@@ -59,6 +63,9 @@ class FinishedLatents:
 
     skipped_steps: tuple[int, ...]
     """Forwards that ran without their negative row."""
+
+    warnings: tuple[str, ...]
+    """In words for the client."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -126,6 +133,7 @@ class Denoiser:
             batch_key=resident.pool.key,
             is_guided=resident.is_guided,
             warnings=resident.warnings,
+            num_skipped=len(resident.skipped_steps),
         )
 
     def release(self, request_id: str, attempt: str | None = None) -> bool:
@@ -141,9 +149,18 @@ class Denoiser:
                 step_index=resident.step_index,
                 num_forwards=resident.table.num_forwards,
                 is_guided=resident.is_guided,
+                num_skipped=len(resident.skipped_steps),
+                last_full=max(resident.guidance.full_steps, default=-1),
+                warnings=resident.warnings,
             )
             for resident in self._store.residents
         )
+
+    def pixels_of(self, rows: Sequence[SlotRow]) -> int:
+        """Return the area of the largest picture among these, 0 if none is held."""
+        residents = (self._store.get(row.request_id, row.attempt) for row in rows)
+        asked = (resident.parameters for resident in residents if resident is not None)
+        return max((parameters.height * parameters.width for parameters in asked), default=0)
 
     @property
     def draws_noise(self) -> bool:
@@ -164,19 +181,31 @@ class Denoiser:
         runs in full. A request whose latents are no longer finite fails alone.
 
         Raises:
-            torch.OutOfMemoryError: No request has gone on; fewer rows may fit.
+            RuntimeError, MemoryError: No request has gone on; fewer rows may fit the memory.
         """
         chosen = self._choose(rows)
         if not chosen:
             return SlotResult(rows=tuple(self._report(row, None) for row in rows))
         slot = Slot(list(chosen.values()))
         with self._backend.serving_slot():
-            outcomes = slot.denoise(self._backend)
+            outcomes, update = slot.denoise(self._backend)
+        try:
+            slot.pool.apply(update)
+        except (RuntimeError, MemoryError) as error:
+            # Nobody knows which rows have gone on, so none may try again.
+            outcomes = [
+                replace(outcome, error=f"the step could not be kept: {error}")
+                for outcome in outcomes
+            ]
         finished: list[FinishedLatents] = []
         failures: list[RowFailure] = []
         for outcome in outcomes:
             resident = outcome.resident
-            resident.advance(is_skipped=outcome.is_skipped, skip_error=outcome.skip_error)
+            resident.advance(
+                is_skipped=outcome.is_skipped,
+                skip_error=outcome.skip_error,
+                scheduler=outcome.scheduler,
+            )
             if outcome.error is not None or not outcome.is_finite:
                 failures.append(_failure(outcome))
                 self._store.release(resident.request_id)
@@ -218,7 +247,7 @@ class Denoiser:
         resident = self._add(state.request_id, state.attempt, state.parameters)
         try:
             resident.restore(state)
-        except ProtocolError:
+        except BaseException:
             self._store.release(state.request_id)
             raise
         return self.admit(state.request_id, state.attempt, state.parameters)
@@ -235,6 +264,10 @@ class Denoiser:
         noise = NoiseSource(
             parameters.seed, (1, *family.latents_shape(parameters)), sum(table.draws_noise)
         )
+        scheduler = None
+        if not table.is_linear:
+            instance = self.samplers.instance(parameters.sampler, parameters.num_inference_steps)
+            scheduler = OwnScheduler(instance, noise.generator)
         resident = Resident(
             request_id=request_id,
             attempt=attempt,
@@ -244,11 +277,7 @@ class Denoiser:
             is_guided=guided,
             skip_parameters=self._skip_levels[parameters.guidance_skip] if may_skip else None,
             noise=noise,
-            scheduler=(
-                None
-                if table.is_linear
-                else self.samplers.instance(parameters.sampler, parameters.num_inference_steps)
-            ),
+            scheduler=scheduler,
         )
         state = family.initial_state(parameters, noise.initial[0], table.init_noise_sigma)
         self._store.add(resident, family.batch_key(parameters), state, encoding)
@@ -296,8 +325,9 @@ def _finished(outcome: RowOutcome) -> FinishedLatents:
     return FinishedLatents(
         request_id=resident.request_id,
         attempt=resident.attempt,
-        latents=outcome.latents.clone(),
+        latents=outcome.latents,
         skipped_steps=tuple(resident.skipped_steps),
+        warnings=resident.warnings,
     )
 
 

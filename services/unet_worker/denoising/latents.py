@@ -6,10 +6,10 @@ by index. The rest (step, noise, full steps) is a small host-side object per req
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -19,6 +19,7 @@ from services.unet_worker.denoising.guidance import (
     can_skip,
     num_skippable,
 )
+from services.unet_worker.denoising.own_scheduler import OwnScheduler
 from services.unet_worker.families.protocol import Encoding, Family, InitialState
 from shared.errors import OverloadedError, ProtocolError
 from shared.guidance_skip import SkipParameters
@@ -87,8 +88,7 @@ class NoiseSource:
         """The next tensor of noise, drawn now unless it was drawn ahead; `drop` goes on."""
         with self._lock:
             if not self._drawn:
-                self._num_undrawn -= 1
-                self._drawn.append(self._draw())
+                self._draw_one()
             return self._drawn[0]
 
     def drop(self) -> None:
@@ -102,8 +102,11 @@ class NoiseSource:
         """Have up to `num_tensors` ready."""
         with self._lock:
             while len(self._drawn) < num_tensors and self._num_undrawn > 0:
-                self._num_undrawn -= 1
-                self._drawn.append(self._draw())
+                self._draw_one()
+
+    def _draw_one(self) -> None:
+        self._drawn.append(self._draw())
+        self._num_undrawn -= 1
 
     def _draw(self) -> torch.Tensor:
         return torch.randn(self._shape, generator=self.generator)
@@ -132,8 +135,8 @@ class Resident:
     noise: NoiseSource
     """Of its seed."""
 
-    scheduler: Any = None
-    """Its own diffusers instance, where its sampler has no linear table."""
+    scheduler: OwnScheduler | None = None
+    """Its own, where its sampler has no linear table."""
 
     pool: LatentPool = field(init=False)
     """Where its tensors lie."""
@@ -159,6 +162,11 @@ class Resident:
         return self.step_index >= self.table.num_forwards
 
     @property
+    def is_at_last_step(self) -> bool:
+        """Whether one forward is left."""
+        return self.step_index == self.table.num_forwards - 1
+
+    @property
     def can_skip(self) -> bool:
         """Whether the next step may do without its negative row."""
         num_steps = self.table.num_forwards
@@ -176,8 +184,11 @@ class Resident:
         since_full = self.step_index - self.guidance.full_steps[-1]
         return min(allowed - since_full + 1, num_steps - self.step_index)
 
-    def advance(self, *, is_skipped: bool, skip_error: float | None) -> None:
+    def advance(
+        self, *, is_skipped: bool, skip_error: float | None, scheduler: OwnScheduler | None
+    ) -> None:
         """Count a forward; `skip_error` is None where no direction was stored."""
+        self.scheduler = scheduler
         if is_skipped:
             self.skipped_steps.append(self.step_index)
         elif skip_error is not None:
@@ -233,6 +244,29 @@ class Resident:
             self.noise.drop()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PoolUpdate:
+    """What a forward has made of some rows of a pool."""
+
+    rows: torch.Tensor
+    """Places in the pool."""
+
+    latents: torch.Tensor
+    """Of these rows."""
+
+    carry: torch.Tensor
+    """Of these rows."""
+
+    tracked_rows: torch.Tensor
+    """Those that ran in full and keep their guidance."""
+
+    sides: torch.Tensor
+    """Which of their two directions is the older one."""
+
+    directions: torch.Tensor
+    """Their guidance."""
+
+
 class LatentPool:
     """The resident tensors of requests that can share a forward, a row per request.
 
@@ -282,9 +316,6 @@ class LatentPool:
         if None not in self.residents:
             self._resize(2 * len(self.residents))
         row = self.residents.index(None)
-        self.residents[row] = resident
-        resident.row = row
-        resident.step_index = state.step_index
         table = resident.table
         self.latents[row] = state.latents.to(self.latents)
         self.carry[row] = 0.0
@@ -294,6 +325,9 @@ class LatentPool:
             values[row, 1] = encoding.positive[name]
         self.schedule[row, : table.num_forwards] = table.rows.to(self.schedule)
         self.guidance_scale[row] = resident.parameters.guidance_scale
+        self.residents[row] = resident
+        resident.row = row
+        resident.step_index = state.step_index
 
     def remove(self, resident: Resident) -> None:
         """Free the row."""
@@ -301,32 +335,32 @@ class LatentPool:
         resident.row = -1
         num_rows = len(self.residents)
         if num_rows > _MIN_POOL_ROWS and 4 * self.num_residents <= num_rows:
-            self._resize(num_rows // 2)
+            # Where there is no memory to copy to, the pool stays as large as it is.
+            with contextlib.suppress(RuntimeError, MemoryError):
+                self._resize(num_rows // 2)
 
-    def store(self, rows: torch.Tensor, latents: torch.Tensor, carry: torch.Tensor) -> None:
-        """What a forward has made of these rows."""
-        self.latents[rows] = latents
-        self.carry[rows] = carry
-
-    def store_directions(
-        self, rows: torch.Tensor, sides: torch.Tensor, directions: torch.Tensor
-    ) -> None:
-        """The guidance of a full step of these rows, at their older side."""
-        self.directions[rows, sides] = directions
+    def apply(self, update: PoolUpdate) -> None:
+        """Take over what a forward has made of its rows."""
+        self.latents[update.rows] = update.latents
+        self.carry[update.rows] = update.carry
+        self.directions[update.tracked_rows, update.sides] = update.directions
 
     def _resize(self, num_rows: int) -> None:
         kept = [resident for resident in self.residents if resident is not None]
         old_rows = [resident.row for resident in kept]
 
-        def resized(tensor: torch.Tensor) -> torch.Tensor:
+        def resize(tensor: torch.Tensor) -> torch.Tensor:
             larger = tensor.new_zeros(num_rows, *tensor.shape[1:])
             larger[: len(kept)] = tensor[old_rows]
             return larger
 
-        for name, tensor in list(vars(self).items()):
-            if isinstance(tensor, torch.Tensor):
-                setattr(self, name, resized(tensor))
-        self.conditions = {name: resized(values) for name, values in self.conditions.items()}
+        resized: dict[str, object] = {
+            name: resize(tensor)
+            for name, tensor in vars(self).items()
+            if isinstance(tensor, torch.Tensor)
+        }
+        resized["conditions"] = {name: resize(values) for name, values in self.conditions.items()}
+        vars(self).update(resized)
         self.residents = [*kept, *[None] * (num_rows - len(kept))]
         for row, resident in enumerate(kept):
             resident.row = row

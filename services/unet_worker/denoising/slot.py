@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from services.unet_worker.backends.protocol import Backend
-from services.unet_worker.denoising.coefficients import step_arguments
 from services.unet_worker.denoising.guidance import (
     extrapolate,
     extrapolation_weights,
@@ -17,7 +15,8 @@ from services.unet_worker.denoising.guidance import (
     guide,
     guide_from_text,
 )
-from services.unet_worker.denoising.latents import LatentPool, Resident
+from services.unet_worker.denoising.latents import LatentPool, PoolUpdate, Resident
+from services.unet_worker.denoising.own_scheduler import OwnScheduler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +47,10 @@ class RowOutcome:
     """Whether its guidance was extrapolated."""
 
     latents: torch.Tensor
-    """(1, C, h, w), float32, on the device, a view."""
+    """(1, C, h, w), float32, on the device: of a finished request its own, else a view."""
+
+    scheduler: OwnScheduler | None
+    """That of a sampler without a linear table, a step on."""
 
     is_finite: bool
     """Whether the latents are."""
@@ -92,7 +94,7 @@ class Slot:
         untracked = [request for request in full if not request.is_tracked]
         unguided = [request for request in requests if not request.resident.is_guided]
         self._requests = [*skipped, *tracked, *untracked, *unguided]
-        self._pool: LatentPool = requests[0].resident.pool
+        self.pool: LatentPool = requests[0].resident.pool
         self._num_skipped = len(skipped)
         self._num_tracked = len(skipped) + len(tracked)
         self._full = slice(len(skipped), len(skipped) + len(full))
@@ -102,15 +104,14 @@ class Slot:
         """Return the rows of the forward."""
         return len(self._requests) + self._full.stop - self._full.start
 
-    def denoise(self, backend: Backend) -> list[RowOutcome]:
-        """Run the forward, store what it makes of the latents, and return it.
+    def denoise(self, backend: Backend) -> tuple[list[RowOutcome], PoolUpdate]:
+        """Run the forward; return what it makes of each request, and of what their pool holds.
 
         Everything from the host goes to the device ahead of the forward, and the device is waited
-        for once, at the end. Requests go on only by `Resident.advance`: where this raises, it may
-        be tried again.
+        for once, at the end. Nothing is changed yet: where this raises, it may be tried again.
         """
         residents = [request.resident for request in self._requests]
-        pool = self._pool
+        pool = self.pool
         uploads = self._upload(backend)
         rows, steps, newest = uploads.indices
         timestep, *columns = pool.schedule[rows, steps].unbind(1)
@@ -119,8 +120,13 @@ class Slot:
 
         latents = pool.latents[rows]
         scaled = latents * input_scale
-        for i, scheduler, own_timestep in self._own_schedulers():
-            scaled[i : i + 1] = scheduler.scale_model_input(latents[i : i + 1], own_timestep)
+        own = {
+            i: resident.scheduler.copy()
+            for i, resident in enumerate(residents)
+            if resident.scheduler is not None
+        }
+        for i, scheduler in own.items():
+            scaled[i : i + 1] = scheduler.scale(latents[i : i + 1], residents[i].step_index)
         noise_pred_uncond, noise_pred_text = self._predict(backend, rows, scaled, timestep)
 
         full, num_skipped, num_tracked = self._full, self._num_skipped, self._num_tracked
@@ -128,6 +134,7 @@ class Slot:
         noise_pred = noise_pred_text.clone()
         noise_pred[full] = guide(noise_pred_uncond, direction, guidance_scale[full])
         skip_errors = latents.new_empty(0)
+        tracked, measured = slice(num_skipped, num_tracked), direction[:0]
         if num_tracked > 0:
             rows_, newest_ = rows[:num_tracked], newest[:num_tracked]
             estimate = extrapolate(
@@ -135,7 +142,7 @@ class Slot:
                 pool.directions[rows_, 1 - newest_],
                 uploads.weights,
             )
-            skipped, tracked = slice(0, num_skipped), slice(num_skipped, num_tracked)
+            skipped = slice(0, num_skipped)
             noise_pred[skipped] = guide_from_text(
                 noise_pred[skipped], estimate[skipped], guidance_scale[skipped]
             )
@@ -143,40 +150,51 @@ class Slot:
             skip_errors = guidance_error(
                 estimate[tracked], measured, noise_pred[tracked], guidance_scale[tracked]
             )
-            pool.store_directions(rows[tracked], 1 - newest[tracked], measured)
 
         stepped = a * latents + b * noise_pred + pool.carry[rows]
         if uploads.noise is not None:
             stepped.index_add_(0, uploads.noisy, d[uploads.noisy] * uploads.noise)
         errors: dict[int, str] = {}
-        for i, scheduler, own_timestep in self._own_schedulers():
+        for i, scheduler in own.items():
             try:
                 stepped[i : i + 1] = scheduler.step(
                     noise_pred[i : i + 1].clone(),  # it may keep them, but not the whole batch
-                    own_timestep,
+                    residents[i].step_index,
                     latents[i : i + 1].clone(),
-                    **step_arguments(scheduler, residents[i].noise.generator),
-                    return_dict=False,
-                )[0]
+                )
+            except (torch.OutOfMemoryError, MemoryError):
+                raise
             except Exception as error:  # noqa: BLE001  a foreign class; its row fails alone
                 errors[i] = f"the sampler failed: {error!r}"
-        pool.store(rows, stepped, e * latents + f * noise_pred)
 
         is_finite = torch.isfinite(stepped).flatten(1).all(dim=1)
         numbers = backend.fetch(torch.cat([is_finite.float(), skip_errors]))
         errors_from = len(residents) - num_skipped
-        return [
+        outcomes = [
             RowOutcome(
                 resident=request.resident,
                 step_index=request.resident.step_index,
                 is_skipped=request.is_skipped,
-                latents=stepped[i : i + 1],
+                latents=(
+                    stepped[i : i + 1].clone()
+                    if request.resident.is_at_last_step
+                    else stepped[i : i + 1]
+                ),
+                scheduler=own.get(i),
                 is_finite=bool(numbers[i]),
                 skip_error=numbers[errors_from + i] if num_skipped <= i < num_tracked else None,
                 error=errors.get(i),
             )
             for i, request in enumerate(self._requests)
         ]
+        return outcomes, PoolUpdate(
+            rows=rows,
+            latents=stepped,
+            carry=e * latents + f * noise_pred,
+            tracked_rows=rows[tracked],
+            sides=1 - newest[tracked],
+            directions=measured,
+        )
 
     def _predict(
         self,
@@ -193,7 +211,7 @@ class Slot:
             torch.cat([timestep[full], timestep]),
             {
                 name: torch.cat([values[rows[full], 0], values[rows, 1]])
-                for name, values in self._pool.conditions.items()
+                for name, values in self.pool.conditions.items()
             },
         )
         return noise_pred[:num_full], noise_pred[num_full:]
@@ -225,12 +243,3 @@ class Slot:
                 )
             )
         return torch.tensor(weights).reshape(len(weights), 2).T[..., None, None, None]
-
-    def _own_schedulers(self) -> list[tuple[int, Any, torch.Tensor]]:
-        """Return (place, scheduler, timestep) of requests whose sampler has no linear table."""
-        residents = (request.resident for request in self._requests)
-        return [
-            (i, resident.scheduler, resident.scheduler.timesteps[resident.step_index])
-            for i, resident in enumerate(residents)
-            if resident.scheduler is not None
-        ]

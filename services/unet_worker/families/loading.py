@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import transformers
@@ -13,12 +12,11 @@ from services.unet_worker.families.protocol import Family
 from services.unet_worker.families.stable_diffusion import StableDiffusion
 from shared.device import DtypeName, choose_device, choose_dtype
 from shared.errors import ConfigurationError
-from shared.latents_format import read_json, read_latents_format
+from shared.latents_format import read_latents_format
+from shared.load_part import load_part
+from shared.model_folder import PIPELINE_CLASSES, check_model_folder, read_json
 
-PIPELINES = {
-    "StableDiffusionPipeline": diffusers.StableDiffusionPipeline,
-    "LatentConsistencyModelPipeline": diffusers.LatentConsistencyModelPipeline,
-}
+PIPELINES = {name: getattr(diffusers, name) for name in PIPELINE_CLASSES}
 """What `model_index.json` may name."""
 
 
@@ -34,19 +32,21 @@ def load_family(folder: Path | str, *, device: str = "auto", dtype: DtypeName = 
         ConfigurationError: The folder is of no known family, or the device is not there.
     """
     folder = Path(folder)
-    pipeline_class = _choose_pipeline(folder)
+    check_model_folder(folder, ("unet", "text_encoder", "tokenizer", "scheduler"))
+    pipeline_class = PIPELINES[read_json(folder / "model_index.json")["_class_name"]]
     latents_format = read_latents_format(folder)
-    takes_scale = read_json(folder / "unet" / "config.json").get("time_cond_proj_dim")
-    is_consistency = pipeline_class is diffusers.LatentConsistencyModelPipeline or takes_scale
-    family = LatentConsistency if is_consistency else StableDiffusion
     torch_device = choose_device(device)
     torch_dtype = choose_dtype(dtype, torch_device)
     diffusers.utils.logging.set_verbosity_error()  # schedulers comment on every step otherwise
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    unet = load_part(folder, "unet", diffusers.UNet2DConditionModel, torch_dtype)
+    text_encoder = load_part(folder, "text_encoder", transformers.CLIPTextModel, torch_dtype)
     try:
         pipeline = pipeline_class.from_pretrained(
             folder,
+            unet=unet,
+            text_encoder=text_encoder,
             vae=None,
             safety_checker=None,
             feature_extractor=None,
@@ -56,14 +56,7 @@ def load_family(folder: Path | str, *, device: str = "auto", dtype: DtypeName = 
         )
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise ConfigurationError(f"model folder {folder} can't be loaded: {error}") from error
+    takes_scale = unet.config.time_cond_proj_dim is not None
+    is_consistency = takes_scale or pipeline_class is diffusers.LatentConsistencyModelPipeline
+    family = LatentConsistency if is_consistency else StableDiffusion
     return family(pipeline, latents_format, device=torch_device, dtype=torch_dtype)
-
-
-def _choose_pipeline(folder: Path) -> Any:
-    name = read_json(folder / "model_index.json").get("_class_name")
-    if name not in PIPELINES:
-        raise ConfigurationError(
-            f"{folder / 'model_index.json'} names the pipeline {name!r}; "
-            f"it should be {' or '.join(PIPELINES)}"
-        )
-    return PIPELINES[name]

@@ -45,6 +45,11 @@ class CpuBackend(EagerBackend):
         self._giving_way = GivingWay(has_chunks_beside)
         self._is_prepared = False
 
+    @property
+    def rows_are_independent(self) -> bool:
+        """Return whether every row gives the same bits alone and among others."""
+        return self.forward.rows_are_independent
+
     def prepare(self, sizes: Sequence[tuple[int, int]] = ()) -> bool:
         """Lay the network out for this CPU and record it at the default size and at these."""
         family, facts = self._family, self._family.facts

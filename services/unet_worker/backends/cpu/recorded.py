@@ -15,14 +15,29 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
 
 from services.unet_worker.backends.cpu.giving_way import GivingWay, Parts, even_sizes, set_threads
+from services.unet_worker.backends.cpu.independent_rows import (
+    Form,
+    find_forms,
+    in_forms,
+    inputs_of_layers,
+    running_on,
+    tried_threads,
+)
 from services.unet_worker.backends.cpu.packed_weights import PackedWeights
+
+MAX_SIZES = 64
+"""Sizes that were not recorded whose layers are remembered; clients choose them."""
+
+CHECKED_ROWS = (1, 2, 3, 5)
+"""Numbers of rows in which a recorded graph has to give the same."""
 
 _Inputs = tuple[torch.Tensor, ...]
 
@@ -35,6 +50,10 @@ class RecordedForward:
         condition_names: Its conditions, in the order in which inputs have them.
         splits_rows: Whether recorded forwards run in parts, as many as there are threads or rows;
             else each of their operations runs on all threads.
+
+    Attributes:
+        rows_are_independent: Whether a row gives the same bits in any number of rows and on any
+            threads, at all sizes so far.
     """
 
     def __init__(
@@ -44,8 +63,10 @@ class RecordedForward:
         self._call = _PositionalCall(network, condition_names)
         self._weights = PackedWeights(network)
         self._graphs: dict[torch.Size, Any] = {}
+        self._forms: OrderedDict[torch.Size, Mapping[torch.nn.Module, Form]] = OrderedDict()
         self._threads = 0
         self._helpers: ThreadPoolExecutor | None = None
+        self.rows_are_independent = True
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Return the network's output, computed on the caller's threads or those held for it.
@@ -61,7 +82,7 @@ class RecordedForward:
             if num_parts > 1:
                 return self._in_parts(graph, inputs, num_parts, threads // num_parts)
             set_threads(threads)
-            return (graph or self._call)(*inputs)  # type: ignore[no-any-return]
+            return graph(*inputs) if graph else self._call_plain(inputs)
         finally:
             set_threads(callers)
 
@@ -117,24 +138,61 @@ class RecordedForward:
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)  # what is found to be the same is so at every start
             inputs = tuple(torch.randn_like(tensor) for tensor in inputs)
-            packed = self._weights.in_use(lambda: self._call(*inputs))
-            graph = self._graph(inputs, packed) or self._graph(inputs, contextlib.nullcontext())
-        if graph:
-            self._graphs[inputs[0].shape[1:]] = graph
+            given = inputs_of_layers(self._call, lambda: self._call(*inputs))
+            with self._weights.in_use(given) as packed:
+                rest = {layer: x for layer, x in given.items() if layer not in packed}
+                graph = self._graph(inputs, find_forms(rest))
+            graph = graph or self._graph(inputs, find_forms(given))
+            if graph:
+                self._graphs[inputs[0].shape[1:]] = graph
+            call = graph or (lambda *rows: self._call_plain(rows))
+            self.rows_are_independent &= _is_consistent(call, inputs)
         return graph is not None
 
-    def _graph(
-        self, inputs: _Inputs, weights: contextlib.AbstractContextManager[object]
-    ) -> Any | None:
+    def _graph(self, inputs: _Inputs, forms: Mapping[torch.nn.Module, Form]) -> Any | None:
         """Return a graph, or None if there is none that holds for any number of rows."""
-        others = tuple(torch.randn_like(torch.cat([rows, rows[:1]])) for rows in inputs)
+        others = _random_rows(inputs, len(inputs[0]) + 1)
         try:
-            with weights, warnings.catch_warnings():
+            with in_forms(forms), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of age, and for each Python condition on the way
                 graph = torch.jit.trace(self._call, inputs, check_trace=False)  # type: ignore[no-untyped-call]
-            return graph if torch.equal(graph(*others), self._call(*others)) else None
+                return graph if torch.equal(graph(*others), self._call(*others)) else None
         except RuntimeError:
             return None
+
+    def _call_plain(self, inputs: _Inputs) -> torch.Tensor:
+        """Return the network's output at a size that was not recorded, rows independent, too."""
+        size = inputs[0].shape[1:]
+        if size not in self._forms:
+            if len(self._forms) >= MAX_SIZES:
+                self._forms.popitem(last=False)
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(0)
+                probe = _random_rows(inputs, 2)
+                self._forms[size] = find_forms(
+                    inputs_of_layers(self._call, lambda: self._call(*probe))
+                )
+        self._forms.move_to_end(size)
+        with in_forms(self._forms[size]):
+            return self._call(*inputs)  # type: ignore[no-any-return]
+
+
+def _random_rows(inputs: _Inputs, rows: int) -> _Inputs:
+    """Return so many random rows like those of `inputs`."""
+    return tuple(torch.randn_like(torch.cat([tensor[:1]] * rows)) for tensor in inputs)
+
+
+def _is_consistent(call: Callable[..., torch.Tensor], inputs: _Inputs) -> bool:
+    """Return whether a row gives the same bits in any number of rows and on any threads."""
+    rows = _random_rows(inputs, CHECKED_ROWS[-1])
+    expected = call(*rows)
+    for threads in tried_threads():
+        with running_on(threads):
+            for number in CHECKED_ROWS:
+                found = call(*(tensor[:number] for tensor in rows))
+                if not torch.equal(found, expected[:number]):
+                    return False
+    return True
 
 
 @torch.inference_mode()
