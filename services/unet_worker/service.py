@@ -146,7 +146,9 @@ class UnetWorkerService:
                 timeout_s=settings.latents_ttl_s,
                 ipc=gpu_ipc(family.device),
             )
-        self._hand_over = HandOver(self._redis, self._link, settings, self._pool, self._watchdog)
+        self._hand_over = HandOver(
+            self._redis, self._link, settings, self._pool, self._watchdog, self._backend
+        )
         place = find_place(
             family.device,
             device_group=settings.device_group,

@@ -96,11 +96,20 @@ def test_a_device_that_is_not_there_is_refused(name: str) -> None:
         choose_device(name)
 
 
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
+)
+def test_a_gpu_computes_in_bfloat16_from_ampere_on(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert choose_dtype("auto", torch.device("cuda")) == expected
+
+
 def test_dtypes_have_their_names() -> None:
     cpu = torch.device("cpu")
     assert choose_dtype("float16", cpu) == torch.float16
     assert choose_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
-    assert choose_dtype("auto", torch.device("cuda")) == torch.float16
     with pytest.raises(ConfigurationError, match="float64"):
         choose_dtype("float64", cpu)  # type: ignore[arg-type]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,15 @@ def test_a_shift_and_a_wish_for_float32_are_read(tmp_path: Path) -> None:
     assert (found.shift_factor, found.needs_float32) == (0.1, True)
 
 
-def test_a_vae_that_overflows_in_float16_never_computes_in_it() -> None:
+def test_a_vae_that_overflows_in_float16_never_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asks = LatentsFormat(channels=4, vae_scale_factor=8, scaling_factor=1.0, needs_float32=True)
     assert choose_vae_dtype("float16", CPU, asks) == torch.float32
     assert choose_vae_dtype("bfloat16", CPU, asks) == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert choose_vae_dtype("auto", GPU, asks) == torch.float32
+    assert choose_vae_dtype("auto", GPU, replace(asks, needs_float32=False)) == torch.bfloat16
 
 
 def test_a_tiny_autoencoder_decodes_chunk_by_chunk_as_whole(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from services.unet_worker.backends.cpu.backend import CpuBackend
+from services.unet_worker.backends.cuda import CudaBackend
 from services.unet_worker.backends.eager import EagerBackend
 from services.unet_worker.backends.protocol import Backend
 from services.unet_worker.families.protocol import Family
@@ -25,4 +26,6 @@ def choose_backend(
     """
     if family.device.type == "cpu":
         return CpuBackend(family, splits_rows=splits_rows, has_chunks_beside=has_chunks_beside)
+    if family.device.type == "cuda":
+        return CudaBackend(family)
     return EagerBackend(family)
