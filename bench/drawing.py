@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from services.unet_worker.denoiser import Denoiser, FinishedLatents
-from services.unet_worker.model import DiffusionModel
+from services.unet_worker.denoising.denoiser import Denoiser, FinishedLatents
+from services.unet_worker.families.loading import DiffusionModel
 from services.vae_worker.model import Decoder
 from shared.guidance_skip import SkipParameters
 from shared.messages import HeldRequest, ImageParameters, SlotRow

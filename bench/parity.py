@@ -22,9 +22,9 @@ from PIL import Image
 from bench.report import spread, write_report
 from cli.private_stack import private_stack
 from cli.stack import EMBEDDED_MODEL
-from services.unet_worker.denoiser import Denoiser
-from services.unet_worker.model import load_model
-from services.unet_worker.samplers import SAMPLERS
+from services.unet_worker.denoising.denoiser import Denoiser
+from services.unet_worker.denoising.samplers import SAMPLERS
+from services.unet_worker.families.loading import load_model
 from services.vae_worker.image_encoder import to_pixels
 from services.vae_worker.model import load_decoder
 from shared.messages import ImageParameters, SlotRow

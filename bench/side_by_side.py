@@ -210,9 +210,9 @@ def _vae_side(model: Path, device: str, dtype: DtypeName, num_chunks: int) -> _V
 
 class _UnetSide:
     def __init__(self, model: Path, device: str, dtype: DtypeName) -> None:
-        from services.unet_worker.model import load_model  # noqa: PLC0415
-        from services.unet_worker.prepare import prepare_unet  # noqa: PLC0415
-        from services.unet_worker.text_encoder import TextEncoder  # noqa: PLC0415
+        from services.unet_worker.backends.cpu.prepare import prepare_unet  # noqa: PLC0415
+        from services.unet_worker.families.loading import load_model  # noqa: PLC0415
+        from services.unet_worker.families.text_encoder import TextEncoder  # noqa: PLC0415
 
         self._model = load_model(model, device=device, dtype=dtype)
         prepare_unet(self._model)
@@ -249,7 +249,7 @@ class _UnetSide:
         return Timing(seconds=seconds)
 
     def _forward(self) -> None:
-        from services.unet_worker.slot import predict_noise  # noqa: PLC0415
+        from services.unet_worker.denoising.slot import predict_noise  # noqa: PLC0415
 
         predict_noise(self._model, *self._inputs)
         _synchronise(self._model.device)

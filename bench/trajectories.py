@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.drawing import Case, Drawing, Studio
-from services.unet_worker.model import DiffusionModel
+from services.unet_worker.families.loading import DiffusionModel
 from services.vae_worker.model import Decoder
 from shared.guidance_skip import SkipParameters
 

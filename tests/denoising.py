@@ -12,9 +12,9 @@ import torch
 from image_parameters import PARAMETERS
 from tiny_model import load_reference_pipeline
 
-from services.unet_worker.denoiser import Denoiser, FinishedLatents
-from services.unet_worker.model import load_model
-from services.unet_worker.samplers import DEFAULT_SAMPLER, SAMPLERS
+from services.unet_worker.denoising.denoiser import Denoiser, FinishedLatents
+from services.unet_worker.denoising.samplers import DEFAULT_SAMPLER, SAMPLERS
+from services.unet_worker.families.loading import load_model
 from shared.messages import ImageParameters, SlotRow
 
 ATTEMPT = "1-1"

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from redis.asyncio import Redis
 
-from services.unet_worker.denoiser import FinishedLatents
+from services.unet_worker.denoising.denoiser import FinishedLatents
 from shared import codec, keys, metrics
 from shared.logs import get_logger
 from shared.messages import LatentsFinished, ReleaseLatents, TensorHandle

@@ -10,14 +10,14 @@ from functools import partial
 import torch
 from redis.asyncio import Redis
 
-from services.unet_worker.denoiser import Admission, Denoiser, SlotResult
-from services.unet_worker.giving_way import GivingWay
+from services.unet_worker.backends.cpu.giving_way import GivingWay
+from services.unet_worker.backends.cpu.prepare import prepare_unet
+from services.unet_worker.denoising.denoiser import Admission, Denoiser, SlotResult
+from services.unet_worker.denoising.isolation import run_isolated
+from services.unet_worker.denoising.resume import find_state, leave_state
+from services.unet_worker.denoising.samplers import DEFAULT_SAMPLER
+from services.unet_worker.families.loading import DiffusionModel, load_model
 from services.unet_worker.hand_over import HandOver
-from services.unet_worker.isolation import run_isolated
-from services.unet_worker.model import DiffusionModel, load_model
-from services.unet_worker.prepare import prepare_unet
-from services.unet_worker.resume import find_state, leave_state
-from services.unet_worker.samplers import DEFAULT_SAMPLER
 from shared import keys, metrics
 from shared.cuda_ipc import gpu_ipc
 from shared.device import finish_work

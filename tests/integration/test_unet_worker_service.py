@@ -14,7 +14,7 @@ import torch
 from denoising import parameters
 from redis.asyncio import Redis
 
-from services.unet_worker.denoiser import Denoiser
+from services.unet_worker.denoising.denoiser import Denoiser
 from services.unet_worker.service import UnetWorkerService
 from shared import keys, messages
 from shared.settings import UnetWorkerSettings

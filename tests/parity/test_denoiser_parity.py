@@ -18,8 +18,8 @@ from denoising import (
 )
 from tiny_model import make_tiny_model
 
-from services.unet_worker.denoiser import Denoiser
-from services.unet_worker.samplers import SAMPLERS
+from services.unet_worker.denoising.denoiser import Denoiser
+from services.unet_worker.denoising.samplers import SAMPLERS
 from shared.errors import InvalidRequestError
 from shared.messages import ImageParameters
 

@@ -18,11 +18,11 @@ from denoising import (
     parameters,
 )
 
-from services.unet_worker.denoiser import Denoiser
-from services.unet_worker.guidance import GuidanceRecord, extrapolation_weights
-from services.unet_worker.latents import LatentPool
-from services.unet_worker.model import load_model
-from services.unet_worker.samplers import SAMPLERS
+from services.unet_worker.denoising.denoiser import Denoiser
+from services.unet_worker.denoising.guidance import GuidanceRecord, extrapolation_weights
+from services.unet_worker.denoising.latents import LatentPool
+from services.unet_worker.denoising.samplers import SAMPLERS
+from services.unet_worker.families.loading import load_model
 from shared.errors import ConfigurationError, InvalidRequestError, OverloadedError, ProtocolError
 from shared.guidance_skip import SKIP_LEVELS, SkipParameters
 from shared.messages import SlotRow

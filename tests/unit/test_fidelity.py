@@ -11,7 +11,7 @@ import torch
 
 from bench.drawing import Case, Drawing, Studio, anywhere
 from bench.fidelity import CELLS, _read, choose_prompts, summarise
-from services.unet_worker.model import load_model
+from services.unet_worker.families.loading import load_model
 from services.vae_worker.model import load_decoder
 from shared.guidance_skip import SKIP_LEVELS
 from training.retrieval import load_references

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.unet_worker.guidance import (
+from services.unet_worker.denoising.guidance import (
     GuidanceRecord,
     can_skip,
     extrapolate,

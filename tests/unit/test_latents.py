@@ -11,9 +11,15 @@ import pytest
 import torch
 from denoising import parameters
 
-from services.unet_worker.coefficients import COLUMNS, CoefficientTable
-from services.unet_worker.latents import BatchKey, Conditions, LatentStore, NoiseSource, Resident
-from services.unet_worker.model import DiffusionModel, load_model
+from services.unet_worker.denoising.coefficients import COLUMNS, CoefficientTable
+from services.unet_worker.denoising.latents import (
+    BatchKey,
+    Conditions,
+    LatentStore,
+    NoiseSource,
+    Resident,
+)
+from services.unet_worker.families.loading import DiffusionModel, load_model
 from shared.errors import OverloadedError
 
 torch.set_num_threads(1)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from services.unet_worker import measure
-from services.unet_worker.model import DiffusionModel, load_model
+from services.unet_worker.backends import measure
+from services.unet_worker.families.loading import DiffusionModel, load_model
 
 COUNTS = (1, 2, 4, 8)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_model import make_tiny_model
 
-from services.unet_worker.model import choose_device, choose_dtype, load_model
+from services.unet_worker.families.loading import choose_device, choose_dtype, load_model
 from shared.errors import ConfigurationError
 
 torch.set_num_threads(1)

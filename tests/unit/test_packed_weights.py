@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from services.unet_worker import packed_weights
-from services.unet_worker.measure import zero_inputs
-from services.unet_worker.model import DiffusionModel, load_model
-from services.unet_worker.packed_weights import PackedWeights
-from services.unet_worker.prepare import prepare_unet
-from services.unet_worker.slot import unet_inputs
+from services.unet_worker.backends.cpu import packed_weights
+from services.unet_worker.backends.cpu.packed_weights import PackedWeights
+from services.unet_worker.backends.cpu.prepare import prepare_unet
+from services.unet_worker.backends.measure import zero_inputs
+from services.unet_worker.denoising.slot import unet_inputs
+from services.unet_worker.families.loading import DiffusionModel, load_model
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from services.unet_worker.group_norms import lay_out_group_norms
-from services.unet_worker.model import DiffusionModel, load_model
-from services.unet_worker.prepare import prepare_unet
-from services.unet_worker.slot import predict_noise
+from services.unet_worker.backends.cpu.group_norms import lay_out_group_norms
+from services.unet_worker.backends.cpu.prepare import prepare_unet
+from services.unet_worker.denoising.slot import predict_noise
+from services.unet_worker.families.loading import DiffusionModel, load_model
 from shared.errors import ConfigurationError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_model import load_reference_pipeline
 
-from services.unet_worker.model import load_model
-from services.unet_worker.text_encoder import TextEncoder
+from services.unet_worker.families.loading import load_model
+from services.unet_worker.families.text_encoder import TextEncoder
 
 torch.set_num_threads(1)
 

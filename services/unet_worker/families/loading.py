@@ -11,7 +11,7 @@ import diffusers
 import torch
 import transformers
 
-from services.unet_worker.unet_forward import UnetForward
+from services.unet_worker.backends.cpu.forward import UnetForward
 from shared.device import DtypeName, choose_device, choose_dtype
 from shared.errors import ConfigurationError
 from shared.load_part import load_part

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from services.unet_worker.giving_way import watch
-from services.unet_worker.group_norms import lay_out_group_norms
-from services.unet_worker.measure import zero_inputs
-from services.unet_worker.model import DiffusionModel
-from services.unet_worker.slot import unet_inputs
+from services.unet_worker.backends.cpu.giving_way import watch
+from services.unet_worker.backends.cpu.group_norms import lay_out_group_norms
+from services.unet_worker.backends.measure import zero_inputs
+from services.unet_worker.denoising.slot import unet_inputs
+from services.unet_worker.families.loading import DiffusionModel
 
 _ROWS = 2  # of what is recorded: one would be broadcast
 

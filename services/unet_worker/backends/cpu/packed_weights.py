@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import torch
 
-from services.unet_worker.giving_way import set_threads
+from services.unet_worker.backends.cpu.giving_way import set_threads
 
 PROBED_ROWS: Final = (1, 2, 4, 8, 16, 32, 64)
 """A convolution's kernel may want another layout for another number of rows or threads. It would be

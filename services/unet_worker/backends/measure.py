@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from services.unet_worker.model import DiffusionModel
-from services.unet_worker.slot import predict_noise
+from services.unet_worker.denoising.slot import predict_noise
+from services.unet_worker.families.loading import DiffusionModel
 from shared.device import finish_work
 from shared.worker import sample_for
 

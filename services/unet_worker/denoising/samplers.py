@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import torch
 
-from services.unet_worker.coefficients import (
+from services.unet_worker.denoising.coefficients import (
     CoefficientTable,
     NotLinearError,
     read_table,

@@ -18,13 +18,24 @@ from dataclasses import dataclass
 
 import torch
 
-from services.unet_worker import measure
-from services.unet_worker.admission import batch_key, check_parameters, is_guided, make_conditions
-from services.unet_worker.latents import BatchKey, LatentStore, NoiseSource, Resident, ResumeState
-from services.unet_worker.model import DiffusionModel
-from services.unet_worker.samplers import Samplers
-from services.unet_worker.slot import RowOutcome, Slot, SlotRequest
-from services.unet_worker.text_encoder import TextEncoder
+from services.unet_worker.backends import measure
+from services.unet_worker.denoising.admission import (
+    batch_key,
+    check_parameters,
+    is_guided,
+    make_conditions,
+)
+from services.unet_worker.denoising.latents import (
+    BatchKey,
+    LatentStore,
+    NoiseSource,
+    Resident,
+    ResumeState,
+)
+from services.unet_worker.denoising.samplers import Samplers
+from services.unet_worker.denoising.slot import RowOutcome, Slot, SlotRequest
+from services.unet_worker.families.loading import DiffusionModel
+from services.unet_worker.families.text_encoder import TextEncoder
 from shared.errors import NumericalError, ProtocolError, SynerDiffError
 from shared.guidance_skip import SKIP_LEVELS, SkipParameters
 from shared.messages import HeldRequest, ImageParameters, RowFailure, RowReport, SlotRow

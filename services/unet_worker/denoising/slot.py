@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from services.unet_worker.coefficients import step_arguments
-from services.unet_worker.guidance import (
+from services.unet_worker.denoising.coefficients import step_arguments
+from services.unet_worker.denoising.guidance import (
     extrapolate,
     extrapolation_weights,
     guidance_error,
     guide,
     guide_from_text,
 )
-from services.unet_worker.latents import LatentPool, Resident
-from services.unet_worker.model import DiffusionModel
+from services.unet_worker.denoising.latents import LatentPool, Resident
+from services.unet_worker.families.loading import DiffusionModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from services.unet_worker.coefficients import COLUMNS, CoefficientTable
-from services.unet_worker.guidance import (
+from services.unet_worker.denoising.coefficients import COLUMNS, CoefficientTable
+from services.unet_worker.denoising.guidance import (
     GuidanceRecord,
     can_skip,
     num_skippable,
 )
-from services.unet_worker.model import DiffusionModel
+from services.unet_worker.families.loading import DiffusionModel
 from shared.errors import OverloadedError, ProtocolError
 from shared.guidance_skip import SkipParameters
 from shared.messages import ImageParameters

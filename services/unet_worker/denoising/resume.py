@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from redis.asyncio import Redis
 
-from services.unet_worker.guidance import GuidanceRecord
-from services.unet_worker.latents import ResumeState
+from services.unet_worker.denoising.guidance import GuidanceRecord
+from services.unet_worker.denoising.latents import ResumeState
 from shared import codec, keys
 from shared.errors import HandleLostError, ProtocolError
 from shared.messages import ImageParameters

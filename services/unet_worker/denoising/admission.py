@@ -7,9 +7,9 @@ from collections.abc import Collection
 
 import torch
 
-from services.unet_worker.latents import BatchKey, Conditions
-from services.unet_worker.model import DiffusionModel, ModelFacts
-from services.unet_worker.text_encoder import PromptEmbedding, TextEncoder
+from services.unet_worker.denoising.latents import BatchKey, Conditions
+from services.unet_worker.families.loading import DiffusionModel, ModelFacts
+from services.unet_worker.families.text_encoder import PromptEmbedding, TextEncoder
 from shared.errors import InvalidRequestError
 from shared.messages import ImageParameters
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from services.unet_worker.denoiser import SlotResult
+from services.unet_worker.denoising.denoiser import SlotResult
 from shared.errors import SynerDiffError
 from shared.messages import RowFailure, RowReport, SlotRow
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from services.unet_worker.giving_way import GivingWay, Parts, even_sizes, set_threads
-from services.unet_worker.packed_weights import PackedWeights
+from services.unet_worker.backends.cpu.giving_way import GivingWay, Parts, even_sizes, set_threads
+from services.unet_worker.backends.cpu.packed_weights import PackedWeights
 
 _Inputs = tuple[torch.Tensor, ...]
 
