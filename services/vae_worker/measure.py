@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from services.vae_worker.chunked_decoder import ChunkPlan, decode_chunks
+from services.vae_worker.decoding import ChunkPlan, decode_chunks
 from services.vae_worker.model import Decoder
 from shared.device import finish_work
 from shared.worker import sample_for
@@ -15,7 +15,7 @@ from shared.worker import sample_for
 
 def time_chunks(decoder: Decoder, plan: ChunkPlan) -> tuple[float, ...]:
     """Seconds of each chunk of one decode of dummy latents."""
-    shape = (1, decoder.latent_channels, plan.latent_height, plan.latent_width)
+    shape = (1, decoder.latents_format.channels, plan.latent_height, plan.latent_width)
     latents = torch.zeros(shape, device=decoder.device, dtype=decoder.dtype)
     chunks = decode_chunks(decoder.vae, latents, plan=plan)
     durations_s = []

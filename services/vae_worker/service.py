@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from redis.asyncio import Redis
 
-from services.vae_worker.chunked_decoder import ChunkPlan, Granularity, decode_chunks, plan_chunks
+from services.vae_worker.decoding import ChunkPlan, Granularity, decode_chunks, plan_chunks
 from services.vae_worker.granularity import choose_granularity
 from services.vae_worker.image_encoder import encode_image
 from services.vae_worker.measure import measure_for, time_chunks
@@ -164,7 +164,7 @@ class VaeWorkerService:
         self._granularity = choose_granularity(settings, self._decoder)
         size = self._decoder.default_size
         durations_s = [sum(time_chunks(self._decoder, self._plan(*size))) for _ in range(4)]
-        factor = self._decoder.scale_factor
+        factor = self._decoder.latents_format.vae_scale_factor
         for height, width in settings.sizes_to_warm_up:
             time_chunks(self._decoder, self._plan(height // factor, width // factor))
         place = find_place(
@@ -359,7 +359,7 @@ class VaeWorkerService:
 
     async def _measure(self, command: MeasureChunks) -> None:
         """Time decodes of dummy latents; no request is touched."""
-        factor = self._decoder.scale_factor
+        factor = self._decoder.latents_format.vae_scale_factor
         window_s = command.window_ms / 1000
 
         def measure() -> tuple[float, ...]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.unet_worker.model import load_model
+from services.unet_worker.families.loading import load_model
 from services.vae_worker.model import load_decoder
 from shared.errors import ConfigurationError
 
