@@ -155,7 +155,7 @@ class WorkerInfo:
     UNet worker. step_ms: median slot time by rows, alone, at the default size. decode_ms: median
     whole decode, alone. num_chunks: chunks a decode is cut into. pool: its tensor pool's name,
     empty if it has none. runs_side_by_side: whether its device computes for two processes at a
-    time; a GPU does only under MPS.
+    time; a GPU does only under MPS. max_decodes: that a VAE worker runs side by side.
     """
 
     worker_id: str
@@ -174,6 +174,7 @@ class WorkerInfo:
     num_chunks: int = 1
     pool: str = ""
     runs_side_by_side: bool = True
+    max_decodes: int = 1
 
 
 # --- to the scheduler ----------------------------------------------------------------------------
@@ -299,7 +300,10 @@ class LatentsFinished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunksDecoded:
-    """A decode has come so far: one report per grant. duration_ms: of the chunks since the last.
+    """A decode has come so far: one report per grant.
+
+    duration_ms: of the chunks since the last, on the threads granted; where decodes shared them, a
+    decode's part of the time.
 
     num_chunks: of this whole decode, which may differ from size to size; 0 for not told.
     """
@@ -492,7 +496,9 @@ class DecodeLatents:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrantChunks:
-    """More chunks for a decode may run, on so many threads (0: the library's default).
+    """More chunks for a decode may run, on at most so many threads (0: all that the worker has).
+
+    Decodes whose chunks may run at the same time do so, and share the worker's threads.
 
     pool: the tensor pool of the UNet worker beside whose slots they run, empty for none; its header
     is told when they do. beside_seq: they begin when every slot before that one is over there, as

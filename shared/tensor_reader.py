@@ -19,13 +19,17 @@ from shared.tensor_bytes import DTYPES, num_bytes
 
 
 class _OpenPool:
-    """A pool that a reader has open. why_not: the reason if its memory can't be opened."""
+    """A pool that a reader has open. why_not: the reason if its memory can't be opened.
+
+    noted_ns: what this reader said last of its chunks.
+    """
 
     def __init__(self, file: PoolFile) -> None:
         self.file = file
         self.kind = "cuda_ipc" if file.layout.exports_bytes else "shm"
         self.memory: SlotMemory | None = None if self.kind == "cuda_ipc" else MappedSlots(file)
         self.why_not = ""
+        self.noted_ns = 0
 
     def is_dead(self) -> bool:
         """Whether nothing can be read any more. Mapped data outlives its owner, GPU memory not."""
@@ -95,10 +99,15 @@ class TensorReader:
     def note_chunks(self, pool: str, *, until_ns: int) -> None:
         """Tell a pool's owner until when chunks run beside its slots, on the monotonic clock.
 
+        It takes back only its own word: of several consumers, the one that runs longest is heard.
+
         Raises:
             HandleLostError: There is no such pool on this host any more.
         """
-        self._open(pool).file.chunks_until_ns = until_ns
+        opened = self._open(pool)
+        found_ns = opened.file.chunks_until_ns
+        if until_ns > found_ns or found_ns == opened.noted_ns:
+            opened.file.chunks_until_ns = opened.noted_ns = until_ns
 
     def drop_dead(self) -> int:
         """Let go of the pools that are gone: only then is their memory free. How many there were.

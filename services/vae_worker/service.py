@@ -1,28 +1,28 @@
-"""The VAE worker's shell: takes decodes and grants, runs chunks, commits images."""
+"""The VAE worker's shell: messages in, chunks in compute threads, commits and reports out."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import statistics
 import time
 from collections import deque
-from collections.abc import Generator
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
 
 import torch
 from redis.asyncio import Redis
 
-from services.vae_worker.decoding import ChunkPlan, Granularity, decode_chunks, plan_chunks
+from services.vae_worker.chunk_runner import ChunkRunner
+from services.vae_worker.committer import Committer
+from services.vae_worker.compute_pool import ComputePool
+from services.vae_worker.decode_queue import Decode, DecodeQueue
 from services.vae_worker.granularity import choose_granularity
-from services.vae_worker.image_encoder import encode_image
+from services.vae_worker.latents_source import LatentsSource
 from services.vae_worker.measure import measure_for, time_chunks
 from services.vae_worker.model import Decoder, load_decoder
+from services.vae_worker.unet_beside import UnetBeside
 from shared import metrics
 from shared.cuda_ipc import gpu_ipc
-from shared.device import finish_work
+from shared.device import choose_device, finish_work
 from shared.errors import HandleLostError, SynerDiffError
 from shared.logs import get_logger
 from shared.messages import (
@@ -33,62 +33,25 @@ from shared.messages import (
     DecodeLatents,
     GrantChunks,
     HandleLost,
-    ImageDecoded,
     MeasureChunks,
     Message,
-    ReleaseLatents,
     RequestFailed,
-    TensorHandle,
     WorkerInfo,
 )
-from shared.records import Commit, Outcome, Records
+from shared.records import Records
 from shared.settings import VaeWorkerSettings, available_threads
-from shared.tensor_bytes import unpack_tensor
 from shared.tensor_pool import TensorReader
 from shared.worker import ComputeThread, WorkerLink, find_place, keep_helpers_serial
 from shared.worker_id import make_incarnation, make_worker_id
 
 log = get_logger()
 
-Chunks = Generator[int, None, torch.Tensor]
-
-
-GRANT_WAIT_S = 10.0
-"""A grant bound to a slot waits at most so long for it: nothing waits for a slot that is lost."""
-
 GRANT_POLL_S = 0.002
+"""How often to look whether a slot has begun that chunks wait for."""
 
-CHUNK_LEASE_NS = 2_000_000_000
-"""A UNet worker gives way to a chunk for at most so long."""
-
-NEXT_CHUNK_NS = 2_000_000
-"""And for so long after it, so that it doesn't take its cores back for the moment between two."""
-
-
-@dataclass(slots=True, kw_only=True)
-class PendingGrant:
-    """Chunks that may run.
-
-    left: of them. compute_s: that the others took. expires_at: when they stop to wait for their
-    slot, on the monotonic clock.
-    """
-
-    command: GrantChunks
-    left: int
-    expires_at: float
-    compute_s: float = 0.0
-
-
-@dataclass(slots=True, kw_only=True)
-class Decode:
-    """A decode at this worker. grants: oldest first. chunks: None until the first one runs."""
-
-    command: DecodeLatents
-    grants: deque[PendingGrant] = field(default_factory=deque)
-    done: int = 0
-    chunks: Chunks | None = None
-    compute_s: float = 0.0
-    transport: str = ""
+MAX_DECODES = 4
+"""Side by side where the settings leave it open: each takes memory, and a decode of a large picture
+is as fast on several threads."""
 
 
 class VaeWorkerService:
@@ -104,73 +67,70 @@ class VaeWorkerService:
         self._redis = redis
         self._settings = settings
         self._worker_id = worker_id
-        self._threads = settings.threads or available_threads()
+        self._num_threads = settings.threads or available_threads()
         self._link = WorkerLink(
             redis,
             make_incarnation(worker_id),
             heartbeat_ttl_ms=settings.heartbeat_ttl_ms,
             drain_timeout_s=settings.drain_timeout_s,
         )
-        self._records = Records(redis, settings.retention)
-        self._compute = ComputeThread(self._threads)
-        self._reader: TensorReader
-        self._decoder: Decoder
-        self._granularity: Granularity
-        self._plans: dict[tuple[int, int], ChunkPlan] = {}
-        self._decodes: dict[str, Decode] = {}
+        self._committer = Committer(Records(redis, settings.retention), self._link.incarnation)
+        self._queue = DecodeQueue()
         self._measurements: deque[MeasureChunks] = deque()
         self._num_committing = 0
-        self._epoch = 0
+        self._max_decodes: int
+        self._compute: ComputePool
+        self._reader: TensorReader
+        self._source: LatentsSource
+        self._decoder: Decoder
+        self._beside: UnetBeside
+        self._runner: ChunkRunner
 
     def stop(self) -> None:
-        """Finish the decodes that are here, end; called again: end after the current chunk."""
+        """Finish the decodes that are here, end; called again: end after the current chunks."""
         self._link.drain()
 
     async def run(self) -> None:
         """Load, measure, register, decode until stopped."""
         keep_helpers_serial()
-        info = await self._compute.run(self._start)
+        self._max_decodes = choose_max_decodes(self._settings, self._num_threads)
+        self._compute = ComputePool(self._max_decodes, self._num_threads)
+        info = await self._start()
         log.info("ready", decode_ms=round(info.decode_ms, 1), chunks=info.num_chunks)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._link.run(info))
             group.create_task(self._drop_dead_pools())
             while not self._link.is_stopping:
-                await self._link.news()
                 self._take_messages()
-                while not self._link.is_stopping and self._has_work():
-                    decode = self._next_runnable()
-                    if self._measurements:
-                        await self._measure(self._measurements.popleft())
-                    elif decode:
-                        await self._run_chunk(decode, group)
-                    else:
-                        await asyncio.sleep(GRANT_POLL_S)
-                    self._take_messages()
-                if self._link.may_leave and not (self._decodes or self._num_committing):
+                self._begin_work(group)
+                has_work = len(self._queue) or self._num_committing or not self._compute.is_idle
+                if self._link.may_leave and not has_work:
                     self._link.stop()
+                elif self._compute.has_room and self._queue.waiting():
+                    await asyncio.sleep(GRANT_POLL_S)
+                else:
+                    await self._link.news()
+            self._queue.drop_all()
         self._compute.close()
 
     # --- start ----------------------------------------------------------------------------------
 
-    def _start(self) -> WorkerInfo:
-        """Load the VAE and measure a decode of the default size; runs in the compute thread.
+    async def _start(self) -> WorkerInfo:
+        """Load the VAE and measure a decode of the default size.
 
         Raises:
             ConfigurationError: The folder holds no VAE, or a profile can't be read.
         """
-        settings = self._settings
-        self._decoder = load_decoder(settings.model, device=settings.device, dtype=settings.dtype)
-        self._reader = TensorReader(ipc=gpu_ipc(self._decoder.device))
-        self._granularity = choose_granularity(settings, self._decoder)
-        size = self._decoder.default_size
-        durations_s = [sum(time_chunks(self._decoder, self._plan(*size))) for _ in range(4)]
-        factor = self._decoder.latents_format.vae_scale_factor
-        for height, width in settings.sizes_to_warm_up:
-            time_chunks(self._decoder, self._plan(height // factor, width // factor))
+        durations_s = await self._compute.run_alone(self._load_and_measure)
+        if self._max_decodes > 1:
+            # Kernels are compiled for each number of threads.
+            few = self._num_threads // self._max_decodes
+            await self._compute.run_alone(self._warm_up, threads=few)
+        decoder = self._decoder
         place = find_place(
-            self._decoder.device,
-            device_group=settings.device_group,
-            shares_host=settings.transport == "auto",
+            decoder.device,
+            device_group=self._settings.device_group,
+            shares_host=self._settings.transport == "auto",
         )
         return WorkerInfo(
             worker_id=self._worker_id,
@@ -180,29 +140,35 @@ class VaeWorkerService:
             host=place.host,
             device=place.device,
             runs_side_by_side=place.runs_side_by_side,
-            dtype=str(self._decoder.dtype).removeprefix("torch."),
-            threads=self._threads,
+            dtype=str(decoder.dtype).removeprefix("torch."),
+            threads=self._num_threads,
             max_requests=0,
-            model_id=self._decoder.name,
-            decode_ms=statistics.median(durations_s[1:]) * 1000,
-            num_chunks=self._plan(*size).num_chunks,
+            max_decodes=self._max_decodes,
+            model_id=decoder.name,
+            decode_ms=statistics.median(durations_s) * 1000,
+            num_chunks=self._runner.plan(*decoder.default_size).num_chunks,
         )
 
-    def _plan(self, latent_height: int, latent_width: int) -> ChunkPlan:
-        size = (latent_height, latent_width)
-        if size not in self._plans:
-            self._plans[size] = plan_chunks(
-                self._decoder.vae,
-                latent_height,
-                latent_width,
-                granularity=self._granularity,
-            )
-        return self._plans[size]
+    def _load_and_measure(self) -> list[float]:
+        """Return the seconds of some decodes, the first left out; runs in a compute thread."""
+        settings = self._settings
+        self._decoder = load_decoder(settings.model, device=settings.device, dtype=settings.dtype)
+        self._reader = TensorReader(ipc=gpu_ipc(self._decoder.device))
+        self._source = LatentsSource(self._redis, self._reader)
+        self._beside = UnetBeside(self._reader)
+        granularity = choose_granularity(settings, self._decoder)
+        self._runner = ChunkRunner(self._decoder, granularity, self._beside)
+        plan = self._runner.plan(*self._decoder.default_size)
+        durations_s = [sum(time_chunks(self._decoder, plan)) for _ in range(4)]
+        self._warm_up()
+        return durations_s[1:]
 
-    def _chunks(self, latents: torch.Tensor) -> Chunks:
-        plan = self._plan(latents.shape[2], latents.shape[3])
-        latents = latents.to(self._decoder.device, self._decoder.dtype)
-        return decode_chunks(self._decoder.vae, latents, plan=plan)
+    def _warm_up(self) -> None:
+        """Decode once at each size that is to be ready; runs in a compute thread."""
+        factor = self._decoder.latents_format.vae_scale_factor
+        sizes = [(h // factor, w // factor) for h, w in self._settings.sizes_to_warm_up]
+        for size in (self._decoder.default_size, *sizes):
+            time_chunks(self._decoder, self._runner.plan(*size))
 
     # --- messages -------------------------------------------------------------------------------
 
@@ -214,163 +180,124 @@ class VaeWorkerService:
     def _take(self, message: Message) -> None:
         match message:
             case BeginEpoch(epoch=epoch):
-                # Decodes are short and their latents still there: the new scheduler asks anew.
-                self._epoch = max(self._epoch, epoch)
                 self._measurements.clear()
-                for decode in list(self._decodes.values()):
-                    self._forget(decode)
-            case DecodeLatents() if message.epoch >= self._epoch:
-                known = self._decodes.get(message.request_id)
-                if known and known.command.attempt != message.attempt:
-                    self._forget(known)
-                self._decodes.setdefault(message.request_id, Decode(command=message))
-            case GrantChunks() if message.epoch >= self._epoch:
-                known = self._decodes.get(message.request_id)
-                if known and known.command.attempt == message.attempt:
-                    known.grants.append(
-                        PendingGrant(
-                            command=message,
-                            left=message.chunks,
-                            expires_at=time.monotonic() + GRANT_WAIT_S,
-                        )
-                    )
-            case MeasureChunks() if message.epoch >= self._epoch:
+                self._queue.begin_epoch(epoch)
+            case DecodeLatents() if self._queue.is_current(message.epoch):
+                self._queue.add(message)
+            case GrantChunks() if self._queue.is_current(message.epoch):
+                self._queue.grant(message, time.monotonic())
+            case MeasureChunks() if self._queue.is_current(message.epoch):
                 self._measurements.append(message)
             case CancelDecode():
-                known = self._decodes.get(message.request_id)
-                if known and known.command.attempt == message.attempt:
-                    self._forget(known)
+                self._queue.cancel(message)
             case _:
                 log.debug("ignored", message=type(message).__name__)
 
-    def _has_work(self) -> bool:
-        return bool(self._measurements) or any(one.grants for one in self._decodes.values())
+    # --- work -----------------------------------------------------------------------------------
 
-    def _next_runnable(self) -> Decode | None:
-        runnable = (
-            decode
-            for decode in self._decodes.values()
-            if decode.grants and self._has_begun(decode.grants[0])
-        )
-        return next(runnable, None)
+    def _begin_work(self, group: asyncio.TaskGroup) -> None:
+        """Begin what may run now; a measurement is alone, and goes first."""
+        if self._measurements:
+            if self._compute.is_idle:
+                command = self._measurements.popleft()
+                thread = self._compute.lend(command.threads, is_alone=True)
+                group.create_task(self._measure(command, thread))
+            return
+        runnable = self._queue.runnable(time.monotonic(), self._beside.has_begun)
+        for index, decode in enumerate(runnable):
+            if not self._compute.has_room:
+                return
+            granted = decode.grants[0].command.threads or self._num_threads
+            threads = self._compute.threads_for(granted, len(runnable) - index)
+            self._queue.begin_run(decode)
+            thread = self._compute.lend(threads)
+            group.create_task(self._run_grant(decode, thread, threads, share=threads / granted))
 
-    def _has_begun(self, grant: PendingGrant) -> bool:
-        """Whether the slots that a grant has to wait for are over, or can't be waited for."""
-        command = grant.command
-        if not command.beside_seq or not command.pool or time.monotonic() >= grant.expires_at:
-            return True
+    async def _run_grant(
+        self, decode: Decode, thread: ComputeThread, threads: int, *, share: float
+    ) -> None:
+        """Run the oldest grant of a decode; after the last chunk of all, encode and commit."""
+        image = None
         try:
-            return self._reader.running_seq(command.pool) >= command.beside_seq
-        except HandleLostError:
-            return True
+            image = await self._compute_grant(decode, thread, threads, share=share)
+        finally:
+            self._queue.end_run(decode)
+            self._compute.take_back(thread)
+            self._link.nudge()
+        if image is None:
+            return
+        self._queue.drop(decode)
+        metrics.DECODE_SECONDS.observe(decode.device_s)
+        self._num_committing += 1
+        try:
+            await self._commit(decode, image)
+        finally:
+            self._num_committing -= 1
+            self._link.nudge()
 
-    def _forget(self, decode: Decode) -> None:
-        self._decodes.pop(decode.command.request_id, None)
-        if decode.chunks:
-            decode.chunks.close()
-
-    # --- decoding -------------------------------------------------------------------------------
-
-    async def _run_chunk(self, decode: Decode, group: asyncio.TaskGroup) -> None:
-        """Run one chunk; after the last, encode and commit while the next decode begins."""
+    async def _compute_grant(
+        self, decode: Decode, thread: ComputeThread, threads: int, *, share: float
+    ) -> torch.Tensor | None:
+        """Return the image if the decode is over; report how far it came, or why it can't go on."""
         command = decode.command
         try:
             if decode.chunks is None:
-                latents, decode.transport = await self._fetch(command)
-                decode.chunks = self._chunks(latents)
-            image = await self._compute.run(
-                partial(self._advance, decode), threads=decode.grants[0].command.threads
+                latents, decode.transport = await self._source.fetch(command)
+                self._runner.begin(decode, latents)
+            image = await thread.run(
+                partial(self._runner.run, decode, share=share), threads=threads
             )
         except HandleLostError as error:
-            self._forget(decode)
-            metrics.HANDLES_LOST.inc()
-            log.warning("handle lost", request_id=command.request_id, error=str(error))
-            self._link.post(
-                HandleLost(
-                    incarnation=self._link.incarnation,
-                    request_id=command.request_id,
-                    attempt=command.attempt,
-                    reason=str(error),
-                )
-            )
-            return
+            self._lose(decode, error)
+            return None
         except (RuntimeError, MemoryError, SynerDiffError) as error:
             # Raises where a GPU's context is lost. Then the worker ends, and another process can
             # do what this one would only fail.
-            await self._compute.run(partial(finish_work, self._decoder.device))
-            self._fail(decode, error)
-            return
-        self._report_grant(decode, is_last=image is not None)
-        if image is not None:
-            self._forget(decode)
-            metrics.DECODE_SECONDS.observe(decode.compute_s)
-            self._num_committing += 1
-            commit = group.create_task(self._commit(decode, image))
-            commit.add_done_callback(self._on_committed)
-
-    def _on_committed(self, _: asyncio.Task[None]) -> None:
-        self._num_committing -= 1
-        self._link.nudge()
-
-    def _report_grant(self, decode: Decode, *, is_last: bool) -> None:
-        """One report for a grant, once all its chunks have run."""
-        grant = decode.grants[0]
-        grant.left -= 1
-        if grant.left > 0 and not is_last:
-            return
-        decode.grants.popleft()
+            await thread.run(partial(finish_work, self._decoder.device))
+            if not decode.is_dropped:
+                self._fail(decode, error)
+            return None
+        if decode.is_dropped:
+            return None
+        grant = decode.grants.popleft()
         self._link.post(
             ChunksDecoded(
                 incarnation=self._link.incarnation,
-                request_id=decode.command.request_id,
-                attempt=decode.command.attempt,
-                chunks_done=decode.done,
-                duration_ms=grant.compute_s * 1000,
+                request_id=command.request_id,
+                attempt=command.attempt,
+                chunks_done=decode.num_done,
+                duration_ms=grant.device_s * 1000,
+                num_chunks=decode.num_chunks,
             )
         )
+        return image
 
-    def _advance(self, decode: Decode) -> torch.Tensor | None:
-        """One chunk; the image after the last. Runs in the compute thread."""
-        assert decode.chunks is not None
-        start = time.perf_counter()
-        after_ns = NEXT_CHUNK_NS
-        self._tell_unet(decode, CHUNK_LEASE_NS)
+    async def _commit(self, decode: Decode, image: torch.Tensor) -> None:
+        command = decode.command
         try:
-            next(decode.chunks)
-            finish_work(self._decoder.device)
-        except StopIteration as end:
-            after_ns = 0
-            image: torch.Tensor = end.value
-            return image.float().cpu()
-        finally:
-            duration_s = time.perf_counter() - start
-            decode.done += 1
-            decode.compute_s += duration_s
-            decode.grants[0].compute_s += duration_s
-            self._tell_unet(decode, after_ns)
-        return None
+            is_committed = await self._committer.commit(decode, image)
+        except SynerDiffError as error:
+            self._fail(decode, error)
+            return
+        if not is_committed:
+            log.info("commit lost to a final state or newer attempt", request=command.request_id)
 
-    def _tell_unet(self, decode: Decode, busy_ns: int) -> None:
-        """Tell the UNet worker on the same device for how long it should give way."""
-        pool = decode.grants[0].command.pool
-        if pool:
-            with contextlib.suppress(HandleLostError):
-                self._reader.note_chunks(pool, until_ns=time.monotonic_ns() + busy_ns)
-
-    async def _measure(self, command: MeasureChunks) -> None:
+    async def _measure(self, command: MeasureChunks, thread: ComputeThread) -> None:
         """Time decodes of dummy latents; no request is touched."""
         factor = self._decoder.latents_format.vae_scale_factor
-        window_s = command.window_ms / 1000
 
         def measure() -> tuple[float, ...]:
-            plan = self._plan(command.height // factor, command.width // factor)
-            return measure_for(self._decoder, plan, window_s)
+            plan = self._runner.plan(command.height // factor, command.width // factor)
+            return measure_for(self._decoder, plan, command.window_ms / 1000)
 
+        chunk_ms: tuple[float, ...] = ()
         try:
-            chunk_ms = await self._compute.run(measure, threads=command.threads)
+            chunk_ms = await thread.run(measure, threads=command.threads)
         except (RuntimeError, MemoryError) as error:
             log.warning("not measured", error=repr(error))
-            chunk_ms = ()
+        finally:
+            self._compute.take_back(thread)
+            self._link.nudge()
         self._link.post(
             ChunksMeasured(
                 incarnation=self._link.incarnation,
@@ -380,74 +307,27 @@ class VaeWorkerService:
             )
         )
 
-    async def _fetch(self, command: DecodeLatents) -> tuple[torch.Tensor, str]:
-        """The latents and the transport that served.
-
-        Raises:
-            HandleLostError: Neither the pool nor an inline copy has them.
-        """
-        handle, transport = command.handle, command.transport
-        try:
-            if transport == "inline":
-                latents = await self._fetch_inline(handle)
-            else:
-                latents = await asyncio.to_thread(self._reader.read, handle)
-        except HandleLostError as error:
-            if transport == "inline":
-                raise
-            log.warning("falls back on the inline copy", reason=str(error), transport=transport)
-            latents, transport = await self._fetch_inline(handle), "inline"
-        metrics.TRANSFERS.labels(transport=transport).inc()
-        return latents, transport
-
-    async def _fetch_inline(self, handle: TensorHandle) -> torch.Tensor:
-        payload = await cast("Any", self._redis.hget(handle.inline_key, "data"))
-        if payload is None:
-            raise HandleLostError("neither the pool nor an inline copy holds the latents")
-        return unpack_tensor(payload, handle.shape, handle.dtype)
-
-    async def _commit(self, decode: Decode, image: torch.Tensor) -> None:
-        command = decode.command
-        parameters = command.parameters
-        try:
-            encoded = await asyncio.to_thread(
-                encode_image,
-                image,
-                parameters=parameters,
-                skipped_steps=command.skipped_steps,
-            )
-        except SynerDiffError as error:
-            self._fail(decode, error)
+    def _lose(self, decode: Decode, error: HandleLostError) -> None:
+        """Say that a decode's latents are nowhere."""
+        if decode.is_dropped:
             return
-        metrics.IMAGES_ENCODED.labels(format=parameters.output_format).inc()
-        handle = command.handle
-        commit = Commit(
-            decoded=ImageDecoded(
+        command = decode.command
+        self._queue.drop(decode)
+        metrics.HANDLES_LOST.inc()
+        log.warning("handle lost", request_id=command.request_id, error=str(error))
+        self._link.post(
+            HandleLost(
                 incarnation=self._link.incarnation,
                 request_id=command.request_id,
                 attempt=command.attempt,
-                decode_ms=decode.compute_s * 1000,
-                transport=decode.transport,
-            ),
-            image=encoded,
-            outcome=Outcome(
-                content_type=f"image/{parameters.output_format}",
-                size_bytes=len(encoded),
-                seed=parameters.seed,
-                skipped_steps=command.skipped_steps,
-                warnings=command.warnings,
-                decode_s=decode.compute_s,
-                transport=decode.transport,
-            ),
-            release=ReleaseLatents(slot=handle.slot, generation=handle.generation),
-            release_to=command.release_to,
+                reason=str(error),
+            )
         )
-        if not await self._records.commit(commit):
-            log.info("commit lost to a final state or newer attempt", request=command.request_id)
 
     def _fail(self, decode: Decode, error: Exception) -> None:
+        """Say that a decode can't be done."""
         command = decode.command
-        self._forget(decode)
+        self._queue.drop(decode)
         log.warning("decode failed", request_id=command.request_id, error=repr(error))
         self._link.post(
             RequestFailed(
@@ -463,3 +343,14 @@ class VaeWorkerService:
         while not self._link.is_stopping:
             self._reader.drop_dead()
             await asyncio.sleep(1.0)
+
+
+def choose_max_decodes(settings: VaeWorkerSettings, num_threads: int) -> int:
+    """Return how many decodes to run side by side; never more than there are CPU threads.
+
+    Raises:
+        ConfigurationError: The device is not there.
+    """
+    if choose_device(settings.device).type != "cpu":
+        return settings.max_decodes or 1
+    return min(settings.max_decodes or MAX_DECODES, num_threads)

@@ -211,6 +211,16 @@ def test_a_reader_says_until_when_its_chunks_run(pool, reader) -> None:
         reader.note_chunks(pool.name, until_ns=2_000)
 
 
+def test_a_reader_takes_back_its_own_word_only(pool, reader, directory) -> None:
+    other = TensorReader(host=HOST, directory=directory)
+    reader.note_chunks(pool.name, until_ns=1_000)
+    other.note_chunks(pool.name, until_ns=2_000)
+    reader.note_chunks(pool.name, until_ns=0)
+    assert pool.has_chunks_beside(1_999)
+    other.note_chunks(pool.name, until_ns=0)
+    assert not pool.has_chunks_beside(0)
+
+
 def test_the_running_seq_is_seen_by_readers(pool, reader) -> None:
     assert reader.running_seq(pool.name) == -1
     pool.set_running_seq(41)
