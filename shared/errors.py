@@ -8,6 +8,9 @@ EXIT_CONFIGURATION: Final = 78
 """The exit code of a process that ends by a `ConfigurationError` (EX_CONFIG of sysexits.h): started
 again as it is, it would end the same way."""
 
+EXIT_STUCK: Final = 75
+"""That of a worker which found itself hanging (EX_TEMPFAIL): started again, it can work."""
+
 
 class SynerDiffError(Exception):
     """Root of every error this project raises on purpose."""

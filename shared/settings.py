@@ -117,7 +117,9 @@ class WorkerSettings(ServiceSettings):
     worker_id: who a restarted worker is; may hold {kind}, {hostname} and {pid}. device_group: empty
     means the physical device. threads: 0 means as many as the process may use. warm_up_sizes: sizes
     to be ready for beside the model's own, as in "256x256 512x768" (width first, in pixels); on a
-    CPU, others take longer a step.
+    CPU, others take longer a step. max_call_s: what takes longer, and much longer than its size
+    accounts for, is taken for stuck, and the worker ends to be started again. max_start_s: likewise
+    of its start.
     """
 
     worker_id: str = Field(
@@ -130,6 +132,8 @@ class WorkerSettings(ServiceSettings):
     threads: int = Field(0, ge=0)
     heartbeat_ttl_ms: int = Field(5_000, ge=500)
     transport: Literal["auto", "inline"] = "auto"
+    max_call_s: float = Field(60.0, ge=1)
+    max_start_s: float = Field(1_800.0, ge=1)
     warm_up_sizes: str = Field("", pattern=r"^(\d+x\d+( \d+x\d+)*)?$")
 
     @property

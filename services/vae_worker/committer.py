@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 
 import torch
@@ -12,6 +11,8 @@ from services.vae_worker.image_encoder import encode_image
 from shared import metrics
 from shared.messages import ImageDecoded, ReleaseLatents
 from shared.records import Commit, Outcome, Records
+from shared.watchdog import Patience, Watchdog
+from shared.worker import run_beside
 
 
 class Committer:
@@ -20,11 +21,17 @@ class Committer:
     Args:
         records: Where results go.
         incarnation: This worker's.
+        watchdog: Watches over every encoding.
+        patience: How long one may take.
     """
 
-    def __init__(self, records: Records, incarnation: str) -> None:
+    def __init__(
+        self, records: Records, incarnation: str, watchdog: Watchdog, patience: Patience
+    ) -> None:
         self._records = records
         self._incarnation = incarnation
+        self._watchdog = watchdog
+        self._patience = patience
 
     async def commit(self, decode: Decode, image: torch.Tensor) -> bool:
         """Store the picture; return False if its request is final or at another attempt.
@@ -37,7 +44,12 @@ class Committer:
         encode = partial(
             encode_image, image, parameters=parameters, skipped_steps=command.skipped_steps
         )
-        encoded = await asyncio.to_thread(encode)
+        encoded = await run_beside(
+            self._watchdog,
+            "the encoding of a picture",
+            encode,
+            within_s=self._patience.within_s(pixels=parameters.height * parameters.width),
+        )
         metrics.IMAGES_ENCODED.labels(format=parameters.output_format).inc()
         handle = command.handle
         commit = Commit(

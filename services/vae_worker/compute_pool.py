@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from shared.watchdog import Watchdog
 from shared.worker import ComputeThread
 
 T = TypeVar("T")
@@ -18,11 +19,12 @@ class ComputePool:
     Args:
         count: Calls at once, at most.
         num_threads: CPU threads that all of them may take together.
+        watchdog: Watches over every call.
     """
 
-    def __init__(self, count: int, num_threads: int) -> None:
-        self._num_threads = num_threads
-        self._idle = [ComputeThread(num_threads) for _ in range(count)]
+    def __init__(self, count: int, num_threads: int, watchdog: Watchdog) -> None:
+        self.num_threads = num_threads
+        self._idle = [ComputeThread(num_threads, watchdog) for _ in range(count)]
         self._lent: dict[ComputeThread, int] = {}
 
     @property
@@ -38,16 +40,15 @@ class ComputePool:
     def threads_for(self, wanted: int, num_waiting: int) -> int:
         """Return the CPU threads for the next of the waiting calls; there is room for it.
 
-        Calls that run and calls that wait share them evenly: side by side on a thread each they
-        take less than one after another on all.
+        Those that can begin share what is free: side by side on a thread each, calls take less than
+        one after another on all.
 
         Args:
             wanted: At most; 0 for as many as there are.
             num_waiting: Calls that could begin, this one included.
         """
-        num_calls = len(self._lent) + min(num_waiting, len(self._idle))
-        share = max(self._num_threads // num_calls, 1)
-        return min(wanted or self._num_threads, share, self._num_free)
+        num_beginning = min(num_waiting, len(self._idle))
+        return min(wanted or self.num_threads, max(self._num_free // num_beginning, 1))
 
     def lend(self, threads: int, *, is_alone: bool = False) -> ComputeThread:
         """Return an idle compute thread, which counts as so many CPU threads until it is back.
@@ -59,7 +60,7 @@ class ComputePool:
         """
         thread = min(self._idle, key=lambda idle: idle.threads != threads)
         self._idle.remove(thread)
-        self._lent[thread] = self._num_threads if is_alone else threads
+        self._lent[thread] = self.num_threads if is_alone else threads
         return thread
 
     def take_back(self, thread: ComputeThread) -> None:
@@ -67,11 +68,13 @@ class ComputePool:
         del self._lent[thread]
         self._idle.append(thread)
 
-    async def run_alone(self, call: Callable[[], T], *, threads: int = 0) -> T:
+    async def run_alone(
+        self, what: str, call: Callable[[], T], *, within_s: float, threads: int = 0
+    ) -> T:
         """Return a call's result, on so many CPU threads (0: all), while nothing else runs."""
-        thread = self.lend(threads or self._num_threads, is_alone=True)
+        thread = self.lend(threads or self.num_threads, is_alone=True)
         try:
-            return await thread.run(call, threads=threads)
+            return await thread.run(what, call, within_s=within_s, threads=threads)
         finally:
             self.take_back(thread)
 
@@ -82,4 +85,4 @@ class ComputePool:
 
     @property
     def _num_free(self) -> int:
-        return self._num_threads - sum(self._lent.values())
+        return self.num_threads - sum(self._lent.values())

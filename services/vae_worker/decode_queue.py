@@ -78,7 +78,7 @@ class DecodeQueue:
 
     def begin_epoch(self, epoch: int) -> None:
         """Drop everything: decodes are short, and the scheduler asks anew for what it wants."""
-        self._epoch = max(self._epoch, epoch)
+        self._epoch = epoch
         self.drop_all()
 
     def add(self, command: DecodeLatents) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,8 @@ from shared.logs import get_logger
 from shared.messages import DecodeLatents, TensorHandle
 from shared.tensor_bytes import unpack_tensor
 from shared.tensor_pool import TensorReader
+from shared.watchdog import Patience, Watchdog
+from shared.worker import run_beside
 
 log = get_logger()
 
@@ -24,11 +26,17 @@ class LatentsSource:
     Args:
         redis: The connection; the caller owns it.
         reader: Of the pools on this host.
+        watchdog: Watches over every read of a pool.
+        patience: How long one may take.
     """
 
-    def __init__(self, redis: Redis, reader: TensorReader) -> None:
+    def __init__(
+        self, redis: Redis, reader: TensorReader, watchdog: Watchdog, patience: Patience
+    ) -> None:
         self._redis = redis
         self._reader = reader
+        self._watchdog = watchdog
+        self._patience = patience
 
     async def fetch(self, command: DecodeLatents) -> tuple[torch.Tensor, str]:
         """Return the latents, and the transport that served.
@@ -41,7 +49,12 @@ class LatentsSource:
             if transport == "inline":
                 latents = await self._fetch_inline(handle)
             else:
-                latents = await asyncio.to_thread(self._reader.read, handle)
+                latents = await run_beside(
+                    self._watchdog,
+                    "a read of latents",
+                    partial(self._reader.read, handle),
+                    within_s=self._patience.within_s(),
+                )
         except HandleLostError as error:
             if transport == "inline":
                 raise
