@@ -152,10 +152,11 @@ class WorkerInfo:
     kind: "unet" or "vae". worker_id survives a restart, incarnation does not. device_group: who
     shares its physical device. host: as in `TensorHandle`. device: "cpu" or "cuda:UUID" with its
     namespaces. threads: CPU threads it may use. max_requests: requests it can hold. model: from a
-    UNet worker. step_ms: median slot time by rows, alone, at the default size. decode_ms: median
-    whole decode, alone. num_chunks: chunks a decode is cut into. pool: its tensor pool's name,
-    empty if it has none. runs_side_by_side: whether its device computes for two processes at a
-    time; a GPU does only under MPS. max_decodes: that a VAE worker runs side by side.
+    UNet worker. model_digest: what tells models of one name apart, empty if not told. step_ms:
+    median slot time by rows, alone, at the default size. decode_ms: median whole decode, alone.
+    num_chunks: chunks a decode is cut into. pool: its tensor pool's name, empty if it has none.
+    runs_side_by_side: whether its device computes for two processes at a time; a GPU does only
+    under MPS. max_decodes: that a VAE worker runs side by side.
     """
 
     worker_id: str
@@ -175,6 +176,7 @@ class WorkerInfo:
     pool: str = ""
     runs_side_by_side: bool = True
     max_decodes: int = 1
+    model_digest: str = ""
 
 
 # --- to the scheduler ----------------------------------------------------------------------------
@@ -557,6 +559,14 @@ class LeaveWhenDone:
     epoch: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefuseWorker:
+    """The worker can't join, as it is: it ends by a configuration error. reason: a sentence."""
+
+    epoch: int
+    reason: str
+
+
 # --- to the gateways -----------------------------------------------------------------------------
 
 
@@ -612,9 +622,16 @@ ToUnetWorker = (
     | ReleaseLatents
     | BeginEpoch
     | LeaveWhenDone
+    | RefuseWorker
 )
 ToVaeWorker = (
-    DecodeLatents | GrantChunks | MeasureChunks | CancelDecode | BeginEpoch | LeaveWhenDone
+    DecodeLatents
+    | GrantChunks
+    | MeasureChunks
+    | CancelDecode
+    | BeginEpoch
+    | LeaveWhenDone
+    | RefuseWorker
 )
 ToGateway = RequestsProgressed | RequestFinished
 Message = ToScheduler | ToUnetWorker | ToVaeWorker | ToGateway

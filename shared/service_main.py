@@ -65,7 +65,17 @@ def run_service(
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve())
-    except SynerDiffError as error:
-        log.error("stopped", error=str(error), code=error.code)  # noqa: TRY400 - it says all
-        sys.exit(EXIT_CONFIGURATION if isinstance(error, ConfigurationError) else 1)
+    except* SynerDiffError as group:
+        reason = _first(group)
+        log.error("stopped", error=str(reason), code=reason.code)  # noqa: TRY400 - it says all
+        sys.exit(EXIT_CONFIGURATION if isinstance(reason, ConfigurationError) else 1)
     log.info("stopped")
+
+
+def _first(group: BaseExceptionGroup[SynerDiffError]) -> SynerDiffError:
+    """One of what ended a service's tasks."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, SynerDiffError)
+    return error

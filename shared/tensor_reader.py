@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from pathlib import Path
 
@@ -13,23 +14,19 @@ from shared.errors import HandleLostError
 from shared.host import SHM_DIRECTORY, host_identity
 from shared.messages import TensorHandle
 from shared.pool_file import is_owner_alive, open_pool_file
-from shared.pool_layout import PoolFile, fence
+from shared.pool_layout import NUM_CONSUMER_WORDS, PoolFile, fence
 from shared.slot_memory import GpuSlots, MappedSlots, SlotMemory
 from shared.tensor_bytes import DTYPES, num_bytes
 
 
 class _OpenPool:
-    """A pool that a reader has open. why_not: the reason if its memory can't be opened.
-
-    noted_ns: what this reader said last of its chunks.
-    """
+    """A pool that a reader has open. why_not: the reason if its memory can't be opened."""
 
     def __init__(self, file: PoolFile) -> None:
         self.file = file
         self.kind = "cuda_ipc" if file.layout.exports_bytes else "shm"
         self.memory: SlotMemory | None = None if self.kind == "cuda_ipc" else MappedSlots(file)
         self.why_not = ""
-        self.noted_ns = 0
 
     def is_dead(self) -> bool:
         """Whether nothing can be read any more. Mapped data outlives its owner, GPU memory not."""
@@ -61,6 +58,8 @@ class TensorReader:
         self._directory = directory
         self._lock = threading.Lock()
         self._pools: dict[str, _OpenPool] = {}
+        # Few share a device; two that share a word at worst end each other's chunks early.
+        self._consumer = secrets.randbelow(NUM_CONSUMER_WORDS)
 
     def read(self, handle: TensorHandle) -> torch.Tensor:
         """A copy of the tensor that the handle names, the caller's own, on the pool's device.
@@ -99,15 +98,10 @@ class TensorReader:
     def note_chunks(self, pool: str, *, until_ns: int) -> None:
         """Tell a pool's owner until when chunks run beside its slots, on the monotonic clock.
 
-        It takes back only its own word: of several consumers, the one that runs longest is heard.
-
         Raises:
             HandleLostError: There is no such pool on this host any more.
         """
-        opened = self._open(pool)
-        found_ns = opened.file.chunks_until_ns
-        if until_ns > found_ns or found_ns == opened.noted_ns:
-            opened.file.chunks_until_ns = opened.noted_ns = until_ns
+        self._open(pool).file.note_chunks(self._consumer, until_ns)
 
     def drop_dead(self) -> int:
         """Let go of the pools that are gone: only then is their memory free. How many there were.

@@ -21,11 +21,13 @@ from redis.asyncio import Redis
 
 from shared import codec, keys
 from shared.cuda_ipc import gpu_uuid
+from shared.errors import ConfigurationError
 from shared.host import device_identity, has_mps, host_identity
 from shared.messages import (
     BeginEpoch,
     LeaveWhenDone,
     Message,
+    RefuseWorker,
     WorkerDraining,
     WorkerInfo,
     WorkerLost,
@@ -255,7 +257,11 @@ class WorkerLink:
         self._has_news.clear()
 
     async def run(self, info: WorkerInfo) -> None:
-        """Register, then read and send until stopped; says goodbye at the end."""
+        """Register, then read and send until stopped; says goodbye at the end.
+
+        Raises:
+            ConfigurationError: The scheduler has refused this worker.
+        """
         await self._beat(info)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._beat_until_stopped(info))
@@ -345,6 +351,8 @@ class WorkerLink:
         match message:
             case LeaveWhenDone():
                 self._may_leave = True
+            case RefuseWorker(reason=reason):
+                raise ConfigurationError(reason)
             case BeginEpoch() if self.is_draining:
                 # This scheduler may not know yet.
                 self._may_leave = False

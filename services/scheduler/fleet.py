@@ -50,6 +50,11 @@ class Fleet:
         for one in known:
             if (one.worker_id, one.kind) == (info.worker_id, info.kind):
                 self.lose(one.incarnation, forgets=one.incarnation != info.incarnation)
+        reason = other_model(info, [one for one in known if self._is_there(one.incarnation)])
+        if reason:
+            refuse = messages.RefuseWorker(epoch=self._outbox.epoch, reason=reason)
+            self._outbox.send(info.incarnation, "control", refuse)
+            return
         if info.kind == "unet":
             self._unets[info.incarnation] = UnetWorker(
                 info=info,
@@ -95,6 +100,9 @@ class Fleet:
         group = self._vaes[vae].info.device_group if vae in self._vaes else ""
         return [unet for unet in self._unets.values() if unet.info.device_group == group]
 
+    def _is_there(self, incarnation: str) -> bool:
+        return incarnation in self._unets or incarnation in self._vaes
+
     def _choose_profiles(self, device_group: str) -> None:
         """Of a device's UNet workers, now that who shares it has changed."""
         unets = [one for one in self._unets.values() if one.info.device_group == device_group]
@@ -106,3 +114,16 @@ class Fleet:
             profile = measured or profile_in_short(unet.info, vaes)
             unet.takes_turns = takes_turns
             unet.use_profile(profile.without_slots_beside() if takes_turns else profile)
+
+
+def other_model(info: WorkerInfo, others: Sequence[WorkerInfo]) -> str:
+    """Why a worker can't join these: another model of its model's name; empty if it can."""
+    for one in others:
+        has_other = one.model_id == info.model_id and one.model_digest != info.model_digest
+        if has_other and one.model_digest and info.model_digest:
+            return (
+                f"worker {info.worker_id} has another model {info.model_id!r} than worker "
+                f"{one.worker_id} (digests {info.model_digest} and {one.model_digest}); "
+                "models that differ need folders of different names"
+            )
+    return ""

@@ -23,6 +23,7 @@ from services.unet_worker.hand_over import HandOver
 from shared import keys, metrics
 from shared.cuda_ipc import gpu_ipc
 from shared.device import finish_work
+from shared.device_lock import alone_on
 from shared.errors import ProtocolError, SynerDiffError
 from shared.logs import get_logger
 from shared.messages import (
@@ -44,6 +45,7 @@ from shared.messages import (
     WorkerAnnounced,
     WorkerInfo,
 )
+from shared.model_folder import check_model_folder, model_digest
 from shared.settings import UnetWorkerSettings, available_threads
 from shared.tensor_pool import TensorPool
 from shared.watchdog import Patience, Watchdog
@@ -95,7 +97,7 @@ class UnetWorkerService:
         """Load, measure, register, denoise until stopped."""
         keep_helpers_serial()
         info = await self._compute.run(
-            "loading and measuring", self._start, within_s=self._settings.max_start_s
+            "loading and measuring", self._start_alone, within_s=self._settings.max_start_s
         )
         log.info("ready", step_ms={rows: round(ms, 1) for rows, ms in info.step_ms.items()})
         try:
@@ -118,9 +120,14 @@ class UnetWorkerService:
 
     # --- start ----------------------------------------------------------------------------------
 
+    def _start_alone(self) -> WorkerInfo:
+        with alone_on(self._settings.device_group or self._settings.device):
+            return self._start()
+
     def _start(self) -> WorkerInfo:
         """Load the model, warm it up and measure slots; runs in the compute thread."""
         settings = self._settings
+        check_model_folder(settings.model)
         model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
         self._device = model.device
         self._denoiser = Denoiser(
@@ -163,6 +170,7 @@ class UnetWorkerService:
             threads=self._threads,
             max_requests=settings.max_requests,
             model_id=info.model_id,
+            model_digest=model_digest(settings.model),
             model=info,
             step_ms=step_ms,
             pool=self._pool.name if self._pool else "",

@@ -13,7 +13,7 @@ from services.vae_worker.unet_beside import UnetBeside
 from shared.device import finish_work
 
 MAX_PLANS = 64
-"""Sizes whose plans are kept; clients choose the sizes."""
+"""How sizes are cut that were decoded lately; clients choose sizes, and there are thousands."""
 
 
 class ChunkRunner:
@@ -34,14 +34,12 @@ class ChunkRunner:
     def plan(self, latent_height: int, latent_width: int) -> ChunkPlan:
         """Return how a decode of that size is cut."""
         size = (latent_height, latent_width)
-        plan = self._plans.get(size)
-        if plan is None:
-            plan = plan_chunks(
-                self._decoder.vae, latent_height, latent_width, granularity=self._granularity
-            )
-            if len(self._plans) >= MAX_PLANS:
-                self._plans.clear()
-            self._plans[size] = plan
+        plan = self._plans.pop(size, None) or plan_chunks(
+            self._decoder.vae, latent_height, latent_width, granularity=self._granularity
+        )
+        self._plans[size] = plan  # the most recently used comes last
+        if len(self._plans) > MAX_PLANS:
+            del self._plans[next(iter(self._plans))]
         return plan
 
     def begin(self, decode: Decode, latents: torch.Tensor) -> None:

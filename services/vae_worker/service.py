@@ -6,7 +6,9 @@ import asyncio
 import statistics
 import time
 from collections import deque
+from functools import partial
 
+import torch
 from redis.asyncio import Redis
 
 from services.vae_worker.compute_pool import ComputePool
@@ -14,6 +16,7 @@ from services.vae_worker.decodes import Decodes
 from services.vae_worker.measure import measure_for, time_chunks
 from services.vae_worker.model import Decoder, load_decoder
 from shared.device import choose_device
+from shared.device_lock import alone_on
 from shared.logs import get_logger
 from shared.messages import (
     BeginEpoch,
@@ -23,8 +26,10 @@ from shared.messages import (
     GrantChunks,
     MeasureChunks,
     Message,
+    WorkerAnnounced,
     WorkerInfo,
 )
+from shared.model_folder import check_model_folder, model_digest
 from shared.settings import VaeWorkerSettings, available_threads
 from shared.watchdog import Patience, Watchdog
 from shared.worker import ComputeThread, WorkerLink, find_place, keep_helpers_serial
@@ -105,16 +110,11 @@ class VaeWorkerService:
         Raises:
             ConfigurationError: The folder holds no VAE, or a profile can't be read.
         """
-        within_s = self._settings.max_start_s
         durations_s = await self._compute.run_alone(
-            "loading and measuring", self._load_and_measure, within_s=within_s
+            "loading and measuring",
+            partial(self._load_and_measure, max_decodes),
+            within_s=self._settings.max_start_s,
         )
-        if max_decodes > 1:
-            # Kernels are compiled for each number of threads.
-            few = self._num_threads // max_decodes
-            await self._compute.run_alone(
-                "warming up", self._warm_up, within_s=within_s, threads=few
-            )
         decoder = self._decoder
         place = find_place(
             decoder.device,
@@ -134,13 +134,28 @@ class VaeWorkerService:
             max_requests=0,
             max_decodes=max_decodes,
             model_id=decoder.name,
+            model_digest=model_digest(self._settings.model),
             decode_ms=statistics.median(durations_s) * 1000,
             num_chunks=self._decodes.runner.plan(*decoder.default_size).num_chunks,
         )
 
-    def _load_and_measure(self) -> list[float]:
-        """Return the seconds of some decodes, the first left out; runs in a compute thread."""
+    def _load_and_measure(self, max_decodes: int) -> list[float]:
+        """Return the seconds of some decodes; runs in a compute thread."""
+        with alone_on(self._settings.device_group or self._settings.device):
+            self._load()
+            plan = self._decodes.runner.plan(*self._decoder.default_size)
+            durations_s = [sum(time_chunks(self._decoder, plan)) for _ in range(4)]
+            self._patience.learn(min(durations_s))
+            # Kernels are compiled for each number of threads.
+            for num_threads in {self._num_threads // max_decodes, self._num_threads}:
+                torch.set_num_threads(num_threads)
+                self._warm_up()
+            torch.set_num_threads(self._num_threads)
+        return durations_s[1:]
+
+    def _load(self) -> None:
         settings = self._settings
+        check_model_folder(settings.model)
         decoder = load_decoder(settings.model, device=settings.device, dtype=settings.dtype)
         self._decoder = decoder
         height, width = decoder.default_size
@@ -155,11 +170,6 @@ class VaeWorkerService:
             patience=self._patience,
             watchdog=self._watchdog,
         )
-        plan = self._decodes.runner.plan(height, width)
-        durations_s = [sum(time_chunks(decoder, plan)) for _ in range(4)]
-        self._patience.learn(min(durations_s))
-        self._warm_up()
-        return durations_s[1:]
 
     def _warm_up(self) -> None:
         """Decode once at each size that is to be ready; runs in a compute thread."""
@@ -181,6 +191,7 @@ class VaeWorkerService:
             case BeginEpoch(epoch=epoch) if queue.is_current(epoch):
                 self._measurements.clear()
                 queue.begin_epoch(epoch)
+                self._link.post(WorkerAnnounced(incarnation=self._link.incarnation, epoch=epoch))
             case DecodeLatents() if queue.is_current(message.epoch):
                 queue.add(message)
             case GrantChunks() if queue.is_current(message.epoch):

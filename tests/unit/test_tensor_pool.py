@@ -211,13 +211,15 @@ def test_a_reader_says_until_when_its_chunks_run(pool, reader) -> None:
         reader.note_chunks(pool.name, until_ns=2_000)
 
 
-def test_a_reader_takes_back_its_own_word_only(pool, reader, directory) -> None:
-    other = TensorReader(host=HOST, directory=directory)
-    reader.note_chunks(pool.name, until_ns=1_000)
-    other.note_chunks(pool.name, until_ns=2_000)
-    reader.note_chunks(pool.name, until_ns=0)
-    assert pool.has_chunks_beside(1_999)
-    other.note_chunks(pool.name, until_ns=0)
+def test_a_reader_does_not_end_the_chunks_of_another(pool, directory, monkeypatch) -> None:
+    numbers = iter([3, 4])
+    monkeypatch.setattr("shared.tensor_reader.secrets.randbelow", lambda _: next(numbers))
+    first, second = (TensorReader(host=pool.host, directory=directory) for _ in range(2))
+    first.note_chunks(pool.name, until_ns=1_000)
+    second.note_chunks(pool.name, until_ns=2_000)
+    second.note_chunks(pool.name, until_ns=0)
+    assert pool.has_chunks_beside(999)
+    first.note_chunks(pool.name, until_ns=0)
     assert not pool.has_chunks_beside(0)
 
 

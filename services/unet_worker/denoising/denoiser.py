@@ -263,7 +263,7 @@ class Denoiser:
     ) -> dict[int, float]:
         """Median milliseconds of a UNet forward by its rows, at `size` or the model's default.
 
-        row_counts: ascending; none is measured behind the first that gains nothing, twice.
+        row_counts: ascending; none is measured behind two in a row that gain nothing.
         """
         return measure.measure(self._model, row_counts, size=size, num_repeats=num_repeats)
 
