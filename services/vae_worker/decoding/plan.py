@@ -20,22 +20,22 @@ MEBIBYTE = 1 << 20
 class Granularity:
     """How finely a decode is cut; part of a profile.
 
-    Args:
-        num_chunks: Chunks of about equal cost, at most as many as there are units; None for one
-            chunk per unit, the finest cut and the one whose chunks are worth measuring.
-        max_strip_fraction: A stage that costs more than this fraction of the whole decode is cut
-            into row strips that each cost at most that (but have at least one row). None cuts
-            along the layers only, whose result is the library's bit for bit.
-        max_strip_bytes: Where strips are allowed, no strip of one sample's feature map is larger
-            (but it has at least one row), whatever it costs: the bound on memory.
-
     Raises:
         ConfigurationError: A value is out of range.
     """
 
     num_chunks: int | None = None
+    """Chunks of about equal cost, at most as many as there are units; None for one chunk per unit,
+    the finest cut and the one whose chunks are worth measuring."""
+
     max_strip_fraction: float | None = None
+    """A stage that costs more than this fraction of the whole decode is cut into row strips that
+    each cost at most that (but have at least one row). None cuts along the layers only, whose
+    result is the library's bit for bit."""
+
     max_strip_bytes: int = 32 * MEBIBYTE
+    """Where strips are allowed, no strip of one sample's feature map is larger (but it has at least
+    one row), whatever it costs: the bound on memory."""
 
     def __post_init__(self) -> None:
         if self.num_chunks is not None and self.num_chunks < 1:
@@ -52,26 +52,33 @@ class Granularity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """The smallest piece of a decode: a stage's output rows `first_row` to `end_row` (exclusive).
-
-    `stage` indexes the decoder's stages and `name` names it; `is_whole` means that the unit is the
-    whole stage, run by the library's kernels; `cost` is the unit's estimated share of the decode.
-    """
+    """The smallest piece of a decode: some output rows of a stage, or all of them."""
 
     stage: int
+    """Index of the decoder's stage."""
+
     name: str
+    """The stage's name."""
+
     first_row: int
     end_row: int
+    """The row below the last."""
+
     is_whole: bool
+    """Whether the unit is the whole stage, run by the library's kernels."""
+
     cost: float
+    """Its estimated share of the decode."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """What runs between two yields: consecutive units, and their summed share of the decode."""
+    """What runs between two yields: consecutive units."""
 
     units: tuple[Unit, ...]
+
     cost: float
+    """The units' summed share of the decode."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,13 +31,14 @@ CONV_HALO = 1
 class Moments:
     """Mean and biased variance per sample and channel over one strip.
 
-    `mean` and `variance` are (batch, channels), float32 (float64 for a float64 strip);
-    `num_pixels` counts the pixels of one channel of one sample.
+    Both are (batch, channels), float32 (float64 for a float64 strip).
     """
 
     mean: Tensor
     variance: Tensor
+
     num_pixels: int
+    """Of one channel of one sample."""
 
 
 def strip_moments(strip: Tensor) -> Moments:
