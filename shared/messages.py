@@ -187,7 +187,7 @@ class GenerateImage:
     """Make one image. Stays in the request stream until its request is final.
 
     priority: higher goes first. deadline_ms: after submission, 0 for none. owner: whose share of
-    the service it draws on.
+    the service it draws on. submitted_at: on the store's clock, filled in by who reads the entry.
     """
 
     request_id: str
@@ -195,7 +195,7 @@ class GenerateImage:
     owner: str
     priority: int
     deadline_ms: int
-    submitted_at: float
+    submitted_at: float = 0.0
     parameters: ImageParameters
 
 

@@ -36,6 +36,7 @@ from shared.messages import (
 from shared.probe import READINESS
 from shared.settings import WorkerSettings
 from shared.streams import MAX_BLOCK_MS, Streams, script
+from shared.tasks import TaskGroup
 from shared.watchdog import Watchdog, watching_interpreter
 
 T = TypeVar("T")
@@ -263,7 +264,7 @@ class WorkerLink:
             ConfigurationError: The scheduler has refused this worker.
         """
         await self._beat(info)
-        async with asyncio.TaskGroup() as group:
+        async with TaskGroup() as group:
             group.create_task(self._beat_until_stopped(info))
             group.create_task(self._show_loop_alive())
             group.create_task(self._read_until_stopped())

@@ -47,6 +47,7 @@ from shared.messages import (
 )
 from shared.model_folder import check_model_folder, model_digest
 from shared.settings import UnetWorkerSettings, available_threads
+from shared.tasks import TaskGroup
 from shared.tensor_pool import TensorPool
 from shared.watchdog import Patience, Watchdog
 from shared.worker import ComputeThread, WorkerLink, find_place, keep_helpers_serial, run_beside
@@ -101,7 +102,7 @@ class UnetWorkerService:
         )
         log.info("ready", step_ms={rows: round(ms, 1) for rows, ms in info.step_ms.items()})
         try:
-            async with asyncio.TaskGroup() as group:
+            async with TaskGroup() as group:
                 group.create_task(self._link.run(info))
                 group.create_task(self._hand_over.expire_until_stopped())
                 while not self._link.is_stopping:
@@ -198,7 +199,7 @@ class UnetWorkerService:
 
     # --- messages -------------------------------------------------------------------------------
 
-    async def _take_messages(self, group: asyncio.TaskGroup) -> None:
+    async def _take_messages(self, group: TaskGroup) -> None:
         """Control first: admissions and releases apply before the next slot."""
         while self._link.control:
             await self._take(self._link.control.popleft(), group)
@@ -209,7 +210,7 @@ class UnetWorkerService:
         if self._link.is_draining:
             await self._hand_back()
 
-    async def _take(self, message: Message, group: asyncio.TaskGroup) -> None:
+    async def _take(self, message: Message, group: TaskGroup) -> None:
         match message:
             case AdmitRequest() if message.epoch >= self._epoch:
                 await self._admit(message)
@@ -339,7 +340,7 @@ class UnetWorkerService:
 
     # --- slots ----------------------------------------------------------------------------------
 
-    async def _run_slot(self, slot: DenoiseSlot, group: asyncio.TaskGroup) -> None:
+    async def _run_slot(self, slot: DenoiseSlot, group: TaskGroup) -> None:
         if self._pool:
             self._pool.set_running_seq(slot.seq)
         pixels = self._denoiser.pixels_of(slot.rows)

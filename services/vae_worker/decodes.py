@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from functools import partial
 
@@ -25,6 +24,7 @@ from shared.logs import get_logger
 from shared.messages import ChunksDecoded, CommitRefused, DecodeLatents, HandleLost, RequestFailed
 from shared.records import Records
 from shared.settings import VaeWorkerSettings
+from shared.tasks import TaskGroup
 from shared.tensor_pool import TensorReader
 from shared.watchdog import Patience, Watchdog
 from shared.worker import ComputeThread, WorkerLink
@@ -86,7 +86,7 @@ class Decodes:
         """Let go of the pools of producers that are gone."""
         self._reader.drop_dead()
 
-    def begin(self, group: asyncio.TaskGroup) -> None:
+    def begin(self, group: TaskGroup) -> None:
         """Run all grants that can, in tasks of the group."""
         runnable = self.queue.runnable(time.monotonic(), self._beside.has_begun)
         for index, decode in enumerate(runnable):

@@ -31,6 +31,7 @@ from shared.messages import (
 )
 from shared.model_folder import check_model_folder, model_digest
 from shared.settings import VaeWorkerSettings, available_threads
+from shared.tasks import TaskGroup
 from shared.watchdog import Patience, Watchdog
 from shared.worker import ComputeThread, WorkerLink, find_place, keep_helpers_serial
 from shared.worker_id import make_incarnation, make_worker_id
@@ -86,7 +87,7 @@ class VaeWorkerService:
             chunks=info.num_chunks,
             side_by_side=max_decodes,
         )
-        async with asyncio.TaskGroup() as group:
+        async with TaskGroup() as group:
             group.create_task(self._link.run(info))
             group.create_task(self._drop_dead_pools())
             while not self._link.is_stopping:
@@ -205,7 +206,7 @@ class VaeWorkerService:
 
     # --- work -----------------------------------------------------------------------------------
 
-    def _begin_work(self, group: asyncio.TaskGroup) -> None:
+    def _begin_work(self, group: TaskGroup) -> None:
         """Begin what may run now; a measurement is alone, and goes first."""
         if not self._measurements:
             self._decodes.begin(group)

@@ -58,7 +58,7 @@ async def hanging() -> AsyncIterator[Hang]:
 
 
 async def until_lost(redis: Redis, incarnation: str, hang: Hang) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while not hang.ended or await redis.exists(keys.worker(incarnation)):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
