@@ -26,7 +26,7 @@ from cli.stack import EMBEDDED_MODEL, WORKER_ENVIRONMENT
 from services.unet_worker.backends.choice import choose_backend
 from services.unet_worker.denoising.denoiser import Denoiser, FinishedLatents
 from services.unet_worker.families.loading import load_family
-from services.vae_worker.chunked_decoder import Granularity, decode_chunks, plan_chunks
+from services.vae_worker.decoding import Granularity, decode_chunks, plan_chunks
 from services.vae_worker.image_encoder import encode_image
 from services.vae_worker.model import load_decoder
 from shared.messages import ImageParameters, SlotRow

@@ -284,7 +284,7 @@ class _VaeSide:
 
     def prepare(self, task: Chunks) -> None:
         """Cut the decode before the clock runs."""
-        from services.vae_worker.chunked_decoder import Granularity, plan_chunks  # noqa: PLC0415
+        from services.vae_worker.decoding import Granularity, plan_chunks  # noqa: PLC0415
 
         config = self._decoder.vae.config
         factor = 2 ** (len(config.block_out_channels) - 1)
@@ -308,7 +308,7 @@ class _VaeSide:
         return Timing(seconds=sum(parts), parts=tuple(parts))
 
     def _decode(self, limit: int) -> list[float]:
-        from services.vae_worker.chunked_decoder import decode_chunks  # noqa: PLC0415
+        from services.vae_worker.decoding import decode_chunks  # noqa: PLC0415
 
         chunks = decode_chunks(self._decoder.vae, self._latents, plan=self._plan)
         parts = []

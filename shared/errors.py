@@ -80,3 +80,9 @@ class IllegalTransitionError(SynerDiffError):
     """The scheduler's core was asked for a state change that its table forbids; our bug."""
 
     code = "illegal_transition"
+
+
+class EpochEndedError(SynerDiffError):
+    """Another scheduler is in charge, or Redis came back as another; a fresh start follows."""
+
+    code = "epoch_ended"

@@ -159,7 +159,7 @@ class WorkerInfo:
     median slot time by rows, alone, at the default size. decode_ms: median whole decode, alone.
     num_chunks: chunks a decode is cut into. pool: its tensor pool's name, empty if it has none.
     runs_side_by_side: whether its device computes for two processes at a time; a GPU does only
-    under MPS.
+    under MPS. max_decodes: that a VAE worker runs side by side.
     """
 
     worker_id: str
@@ -178,6 +178,7 @@ class WorkerInfo:
     num_chunks: int = 1
     pool: str = ""
     runs_side_by_side: bool = True
+    max_decodes: int = 1
     model_digest: str = ""
 
 
@@ -189,7 +190,7 @@ class GenerateImage:
     """Make one image. Stays in the request stream until its request is final.
 
     priority: higher goes first. deadline_ms: after submission, 0 for none. owner: whose share of
-    the service it draws on.
+    the service it draws on. submitted_at: on the store's clock, filled in by who reads the entry.
     """
 
     request_id: str
@@ -197,7 +198,7 @@ class GenerateImage:
     owner: str
     priority: int
     deadline_ms: int
-    submitted_at: float
+    submitted_at: float = 0.0
     parameters: ImageParameters
 
 
@@ -307,7 +308,10 @@ class LatentsFinished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunksDecoded:
-    """A decode has come so far: one report per grant. duration_ms: of the chunks since the last.
+    """A decode has come so far: one report per grant.
+
+    duration_ms: of the chunks since the last, on the threads granted; where decodes shared them, a
+    decode's part of the time.
 
     num_chunks: of this whole decode, which may differ from size to size; 0 for not told.
     """
@@ -500,7 +504,9 @@ class DecodeLatents:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrantChunks:
-    """More chunks for a decode may run, on so many threads (0: the library's default).
+    """More chunks for a decode may run, on at most so many threads (0: all that the worker has).
+
+    Decodes whose chunks may run at the same time do so, and share the worker's threads.
 
     pool: the tensor pool of the UNet worker beside whose slots they run, empty for none; its header
     is told when they do. beside_seq: they begin when every slot before that one is over there, as

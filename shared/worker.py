@@ -36,6 +36,7 @@ from shared.messages import (
 from shared.probe import READINESS
 from shared.settings import WorkerSettings
 from shared.streams import MAX_BLOCK_MS, Streams, script
+from shared.tasks import TaskGroup
 from shared.watchdog import Watchdog, watching_interpreter
 
 T = TypeVar("T")
@@ -97,7 +98,7 @@ class Timed(Generic[T]):
 
 
 class ComputeThread:
-    """The one thread that calls the model.
+    """A thread that calls the model.
 
     Args:
         default_threads: CPU threads of a call that asks for 0.
@@ -106,9 +107,18 @@ class ComputeThread:
 
     def __init__(self, default_threads: int, watchdog: Watchdog) -> None:
         self._watchdog = watchdog
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        # Asking for the number makes the library set it up in the new thread, to whatever another
+        # thread said last; later it would undo what is set here.
+        self._executor = ThreadPoolExecutor(
+            1, thread_name_prefix="compute", initializer=torch.get_num_threads
+        )
         self._default_threads = default_threads
         self._threads = 0
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of the last call, 0 before the first."""
+        return self._threads
 
     async def run(
         self, what: str, call: Callable[[], T], *, within_s: float, threads: int = 0
@@ -254,7 +264,7 @@ class WorkerLink:
             ConfigurationError: The scheduler has refused this worker.
         """
         await self._beat(info)
-        async with asyncio.TaskGroup() as group:
+        async with TaskGroup() as group:
             group.create_task(self._beat_until_stopped(info))
             group.create_task(self._show_loop_alive())
             group.create_task(self._read_until_stopped())

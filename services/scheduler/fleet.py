@@ -64,8 +64,7 @@ class Fleet:
         else:
             self._vaes[info.incarnation] = VaeWorker(info=info)
         self._choose_profiles(info.device_group)
-        begin = messages.BeginEpoch(epoch=self._outbox.epoch)
-        self._outbox.send(info.incarnation, "control", begin)
+        self._outbox.ask_what_is_held(info.incarnation)
 
     def drain(self, incarnation: str) -> None:
         """A worker wants to leave: nothing new goes to it."""
@@ -86,6 +85,13 @@ class Fleet:
             self._choose_profiles(worker.info.device_group)
         if forgets:
             self._outbox.add(ForgetWorker(incarnation=incarnation))
+
+    def discard(self, incarnation: str) -> None:
+        """Do without a worker that can't be planned for; Redis goes on knowing it."""
+        if incarnation in self._unets:
+            self._endings.lose_unet(incarnation)
+        if incarnation in self._vaes:
+            self._endings.lose_vae(incarnation)
 
     def adopt(self, incarnation: str, profile: Profile) -> None:
         """Plan a UNet worker by what was measured with it, and others that it fits."""

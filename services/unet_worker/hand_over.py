@@ -44,6 +44,7 @@ class HandOver:
         link: WorkerLink,
         settings: UnetWorkerSettings,
         pool: TensorPool | None,
+        *,
         watchdog: Watchdog,
         backend: Backend,
     ) -> None:

@@ -22,6 +22,7 @@ from services.unet_worker.families.protocol import Family
 from services.unet_worker.hand_over import HandOver
 from shared import keys, metrics
 from shared.cuda_ipc import gpu_ipc
+from shared.device_lock import alone_on
 from shared.errors import ProtocolError, SynerDiffError
 from shared.logs import get_logger
 from shared.messages import (
@@ -43,8 +44,9 @@ from shared.messages import (
     WorkerAnnounced,
     WorkerInfo,
 )
-from shared.model_folder import model_digest
+from shared.model_folder import check_model_folder, model_digest
 from shared.settings import UnetWorkerSettings, available_threads
+from shared.tasks import TaskGroup
 from shared.tensor_pool import TensorPool
 from shared.watchdog import Patience, Watchdog
 from shared.worker import ComputeThread, WorkerLink, find_place, keep_helpers_serial, run_beside
@@ -94,11 +96,11 @@ class UnetWorkerService:
         """Load, measure, register, denoise until stopped."""
         keep_helpers_serial()
         info = await self._compute.run(
-            "loading and measuring", self._start, within_s=self._settings.max_start_s
+            "loading and measuring", self._start_alone, within_s=self._settings.max_start_s
         )
         log.info("ready", step_ms={rows: round(ms, 1) for rows, ms in info.step_ms.items()})
         try:
-            async with asyncio.TaskGroup() as group:
+            async with TaskGroup() as group:
                 group.create_task(self._link.run(info))
                 group.create_task(self._hand_over.expire_until_stopped())
                 while not self._link.is_stopping:
@@ -117,9 +119,14 @@ class UnetWorkerService:
 
     # --- start ----------------------------------------------------------------------------------
 
+    def _start_alone(self) -> WorkerInfo:
+        with alone_on(self._settings.device_group or self._settings.device):
+            return self._start()
+
     def _start(self) -> WorkerInfo:
         """Load the model, warm it up and measure slots; runs in the compute thread."""
         settings = self._settings
+        check_model_folder(settings.model)
         family = load_family(settings.model, device=settings.device, dtype=settings.dtype)
         self._backend = choose_backend(
             family,
@@ -147,7 +154,12 @@ class UnetWorkerService:
                 ipc=gpu_ipc(family.device),
             )
         self._hand_over = HandOver(
-            self._redis, self._link, settings, self._pool, self._watchdog, self._backend
+            self._redis,
+            self._link,
+            settings,
+            self._pool,
+            watchdog=self._watchdog,
+            backend=self._backend,
         )
         place = find_place(
             family.device,
@@ -197,7 +209,7 @@ class UnetWorkerService:
 
     # --- messages -------------------------------------------------------------------------------
 
-    async def _take_messages(self, group: asyncio.TaskGroup) -> None:
+    async def _take_messages(self, group: TaskGroup) -> None:
         """Control first: admissions and releases apply before the next slot."""
         while self._link.control:
             await self._take(self._link.control.popleft(), group)
@@ -208,7 +220,7 @@ class UnetWorkerService:
         if self._link.is_draining:
             await self._hand_back()
 
-    async def _take(self, message: Message, group: asyncio.TaskGroup) -> None:
+    async def _take(self, message: Message, group: TaskGroup) -> None:
         match message:
             case AdmitRequest() if message.epoch >= self._epoch:
                 await self._admit(message)
@@ -339,7 +351,7 @@ class UnetWorkerService:
 
     # --- slots ----------------------------------------------------------------------------------
 
-    async def _run_slot(self, slot: DenoiseSlot, group: asyncio.TaskGroup) -> None:
+    async def _run_slot(self, slot: DenoiseSlot, group: TaskGroup) -> None:
         if self._pool:
             self._pool.set_running_seq(slot.seq)
         pixels = self._denoiser.pixels_of(slot.rows)

@@ -40,7 +40,7 @@ class Desk:
 
     async def hear(self, kind: type[M], *, is_it: Callable[[M], bool] = lambda _: True) -> M:
         """The next message of a kind that nobody has taken yet; the others wait."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while True:
                 for message in self.heard:
                     if isinstance(message, kind) and is_it(message):

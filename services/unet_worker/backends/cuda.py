@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -128,7 +128,7 @@ class GraphCapture:
     def __call__(self, call: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         """Return what launches the call again, and the output that is written each time."""
         with torch.cuda.device(self._device):
-            side = torch.cuda.Stream()
+            side = make_stream(self._device)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(_WARM_UPS):
@@ -143,16 +143,18 @@ class GraphCapture:
 
 def make_stream(device: torch.device) -> Any:
     """Return a stream of the GPU, None where PyTorch has no CUDA."""
-    return torch.cuda.Stream(device) if torch.cuda.is_available() else None
+    cuda: Any = torch.cuda
+    return cuda.Stream(device) if cuda.is_available() else None
 
 
 @contextlib.contextmanager
-def _beside(stream: Any, device: torch.device) -> Any:
+def _beside(stream: Any, device: torch.device) -> Iterator[None]:
     if stream is None:
         yield
         return
-    computed = torch.cuda.Event()
-    computed.record(torch.cuda.default_stream(device))
-    with torch.cuda.stream(stream):
+    cuda: Any = torch.cuda
+    computed = cuda.Event()
+    computed.record(cuda.default_stream(device))
+    with cuda.stream(stream):
         stream.wait_event(computed)
         yield

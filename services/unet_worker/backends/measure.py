@@ -14,6 +14,11 @@ from services.unet_worker.backends.protocol import Backend
 from services.unet_worker.families.protocol import Family
 from shared.worker import sample_for
 
+LONG_MS = 1_000.0
+"""Forwards that take longer are not measured beyond the first number of rows without gain."""
+
+_MAX_WITHOUT_GAIN = 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Stopwatch:
@@ -46,24 +51,25 @@ class Stopwatch:
         """Return median milliseconds of a forward by its rows, at `size` or the default size.
 
         Args:
-            row_counts: Ascending. The first that takes no less time per row, and does so again, is
-                the last to be measured: what is larger would only take longer. Once could be the
-                machine's moment.
+            row_counts: Ascending. Those behind the second in a row that takes no less time per row
+                are not measured: what is larger would only take longer. Behind the first that does
+                so twice, where it takes long; what is short is rather lengthened by somebody else.
             size: (height, width) in pixels.
             num_repeats: Forwards that a median is taken of.
         """
         size = size or (self.family.facts.default_height, self.family.facts.default_width)
         medians_ms: dict[int, float] = {}
-        least_row_ms = math.inf
+        least_row_ms, num_without_gain = math.inf, 0
         for num_rows in row_counts:
             self.forward_s(num_rows, size)
             median_ms = self._median_ms(num_rows, size, num_repeats)
             if median_ms / num_rows >= least_row_ms:
                 median_ms = min(median_ms, self._median_ms(num_rows, size, num_repeats))
             medians_ms[num_rows] = median_ms
-            if median_ms / num_rows >= least_row_ms:
+            num_without_gain = num_without_gain + 1 if median_ms / num_rows >= least_row_ms else 0
+            if num_without_gain == _MAX_WITHOUT_GAIN or (num_without_gain and median_ms > LONG_MS):
                 break
-            least_row_ms = median_ms / num_rows
+            least_row_ms = min(least_row_ms, median_ms / num_rows)
         return medians_ms
 
     def measure_for(self, window_s: float, *, rows: int, size: tuple[int, int]) -> float:

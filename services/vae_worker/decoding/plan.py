@@ -8,7 +8,9 @@ from itertools import pairwise
 from math import ceil
 from typing import Any
 
-from services.vae_worker.decoder_stages import Stage, Strippable, read_stages
+from services.vae_worker.decoding.read_stages import read_stages
+from services.vae_worker.decoding.stages import Stage
+from services.vae_worker.decoding.strips import Strippable, row_elements
 from shared.errors import ConfigurationError
 
 MEBIBYTE = 1 << 20
@@ -18,22 +20,22 @@ MEBIBYTE = 1 << 20
 class Granularity:
     """How finely a decode is cut; part of a profile.
 
-    Args:
-        num_chunks: Chunks of about equal cost, at most as many as there are units; None for one
-            chunk per unit, the finest cut and the one whose chunks are worth measuring.
-        max_strip_fraction: A stage that costs more than this fraction of the whole decode is cut
-            into row strips that each cost at most that (but have at least one row). None cuts
-            along the layers only, whose result is the library's bit for bit.
-        max_strip_bytes: Where strips are allowed, no strip of one sample's feature map is larger
-            (but it has at least one row), whatever it costs: the bound on memory.
-
     Raises:
         ConfigurationError: A value is out of range.
     """
 
     num_chunks: int | None = None
+    """Chunks of about equal cost, at most as many as there are units; None for one chunk per unit,
+    the finest cut and the one whose chunks are worth measuring."""
+
     max_strip_fraction: float | None = None
+    """A stage that costs more than this fraction of the whole decode is cut into row strips that
+    each cost at most that (but have at least one row). None cuts along the layers only, whose
+    result is the library's bit for bit."""
+
     max_strip_bytes: int = 32 * MEBIBYTE
+    """Where strips are allowed, no strip of one sample's feature map is larger (but it has at least
+    one row), whatever it costs: the bound on memory."""
 
     def __post_init__(self) -> None:
         if self.num_chunks is not None and self.num_chunks < 1:
@@ -50,26 +52,33 @@ class Granularity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """The smallest piece of a decode: a stage's output rows `first_row` to `end_row` (exclusive).
-
-    `stage` indexes the decoder's stages and `name` names it; `is_whole` means that the unit is the
-    whole stage, run by the library's kernels; `cost` is the unit's estimated share of the decode.
-    """
+    """The smallest piece of a decode: some output rows of a stage, or all of them."""
 
     stage: int
+    """Index of the decoder's stage."""
+
     name: str
+    """The stage's name."""
+
     first_row: int
     end_row: int
+    """The row below the last."""
+
     is_whole: bool
+    """Whether the unit is the whole stage, run by the library's kernels."""
+
     cost: float
+    """Its estimated share of the decode."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """What runs between two yields: consecutive units, and their summed share of the decode."""
+    """What runs between two yields: consecutive units."""
 
     units: tuple[Unit, ...]
+
     cost: float
+    """The units' summed share of the decode."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +108,10 @@ def plan_chunks(
     granularity: Granularity,
     unit_costs: Sequence[float] | None = None,
 ) -> ChunkPlan:
-    """Cut the decode of an `AutoencoderKL` into chunks of about equal cost.
+    """Return a cut of a VAE's decode into chunks of about equal cost.
 
     Args:
-        vae: A diffusers `AutoencoderKL`.
+        vae: A diffusers `AutoencoderKL` or `AutoencoderTiny`.
         latent_height: Rows of the latents, at least 1.
         latent_width: Columns of the latents, at least 1.
         granularity: How finely.
@@ -114,7 +123,7 @@ def plan_chunks(
         ConfigurationError: The decoder can't be taken apart, or the number of costs is not that of
             the units, or one is not positive.
     """
-    itemsize = vae.decoder.conv_in.weight.element_size()
+    itemsize = next(vae.decoder.parameters()).element_size()
     units = _cut_stages(read_stages(vae), latent_height, latent_width, granularity, itemsize)
     costs = [unit.cost for unit in units] if unit_costs is None else list(unit_costs)
     if len(costs) != len(units):
@@ -145,7 +154,7 @@ def _cut_stages(
     granularity: Granularity,
     itemsize: int,
 ) -> list[Unit]:
-    """The units of all stages, with costs in operations."""
+    """Return the units of all stages, with costs in operations."""
     sizes = []
     height, width = latent_height, latent_width
     for stage in stages:
@@ -158,7 +167,7 @@ def _cut_stages(
         num_strips = 1
         if isinstance(stage, Strippable) and granularity.max_strip_fraction is not None:
             by_cost = cost / total / granularity.max_strip_fraction
-            by_memory = stage.row_elements(width) * height * itemsize / granularity.max_strip_bytes
+            by_memory = row_elements(stage, width) * height * itemsize / granularity.max_strip_bytes
             num_strips = min(max(ceil(by_cost), ceil(by_memory)), height)
         edges = [height * strip // num_strips for strip in range(num_strips + 1)]
         units += [
@@ -176,7 +185,7 @@ def _cut_stages(
 
 
 def balanced_cuts(costs: Sequence[float], num_chunks: int) -> list[int]:
-    """Cut a sequence into `num_chunks` consecutive parts so that the dearest part is cheapest.
+    """Return where to cut a sequence into `num_chunks` parts so that the dearest is cheapest.
 
     The linear partition problem, by bisection on the dearest part's cost.
 
@@ -200,7 +209,7 @@ def balanced_cuts(costs: Sequence[float], num_chunks: int) -> list[int]:
 
 
 def _cuts_within(limit: float, costs: Sequence[float], num_chunks: int) -> list[int]:
-    """Cuts into at least `num_chunks` parts, as few more as let each cost at most `limit`."""
+    """Return cuts into `num_chunks` parts, or as few more as let each cost at most `limit`."""
     cuts = [0]
     filled = 0.0
     for index, cost in enumerate(costs):

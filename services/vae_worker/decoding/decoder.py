@@ -13,17 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from services.vae_worker.chunk_plan import Chunk, ChunkPlan, Granularity, Unit, plan_chunks
-from services.vae_worker.decoder_stages import NormConv, Stage, Strippable, read_stages
-from services.vae_worker.strips import FeatureMap, GroupStatistics, add_residual, merge_moments
+from services.vae_worker.decoding.plan import ChunkPlan, Unit
+from services.vae_worker.decoding.read_stages import read_stages
+from services.vae_worker.decoding.stages import NormConv, Stage, add_residual
+from services.vae_worker.decoding.strips import (
+    FeatureMap,
+    GroupStatistics,
+    Strippable,
+    first_source_row,
+    merge_moments,
+    strip_of,
+)
 from shared.errors import ConfigurationError
-
-__all__ = ["Chunk", "ChunkPlan", "Granularity", "Unit", "decode_chunks", "plan_chunks"]
 
 
 @torch.inference_mode()
 def decode_chunks(vae: Any, latents: Tensor, *, plan: ChunkPlan) -> Generator[int, None, Tensor]:
-    """Decode latents as `vae.decode(latents / vae.config.scaling_factor)` does, chunk by chunk.
+    """Decode latents chunk by chunk, as diffusers' pipelines do with the whole `vae.decode`.
 
     Each `next()` runs one chunk; the last of the plan's `num_chunks` ends the generator, whose
     value (`StopIteration.value`, or that of `yield from`) is the image. Closing the generator frees
@@ -31,7 +37,7 @@ def decode_chunks(vae: Any, latents: Tensor, *, plan: ChunkPlan) -> Generator[in
     where its end matters. The library's own tiling and slicing switches have no effect here.
 
     Args:
-        vae: A diffusers `AutoencoderKL` in evaluation mode.
+        vae: A diffusers `AutoencoderKL` or `AutoencoderTiny` in evaluation mode.
         latents: (batch, latent_channels, latent_height, latent_width) as the denoising loop leaves
             them, scaling factor included, in any float dtype and memory format.
         plan: From `plan_chunks` for this VAE and these latents' size; batch at will.
@@ -86,7 +92,7 @@ class _Decode:
             self._begin(stage, is_striped=not unit.is_whole)
         rows = (unit.first_row, unit.end_row)
         if isinstance(stage, Strippable) and not unit.is_whole:
-            features = stage.strip(self._source, self._statistics, *rows)
+            features = strip_of(stage, self._source, self._statistics, *rows)
         else:
             features = stage.whole(self._source.whole())
         if isinstance(stage, NormConv):
@@ -96,7 +102,7 @@ class _Decode:
                 features = add_residual(features, self._residual.rows(*rows), stage.divisor)
                 self._residual.release(unit.end_row)
         if isinstance(stage, Strippable):
-            self._source.release(stage.first_source_row(unit.end_row))
+            self._source.release(first_source_row(stage, unit.end_row))
         self.output.append(features, with_moments=self._next_needs_moments(unit.stage))
 
     def _begin(self, stage: Stage, *, is_striped: bool) -> None:

@@ -1,9 +1,12 @@
-"""Feature maps in strips of rows, and the operators of a decoder on them.
+"""Feature maps in strips of rows, and the stages of a decoder on them.
+
+Strips bound the memory of a large picture's decode and the length of its longest chunk
+(`docs/decisions/0001-row-strips.md`).
 
 Every operator here gives, strip by strip, the rows that the library's operator gives for the whole
 map. Two things couple the rows of a map: a 3x3 convolution needs one row on either side of the
 strip (`FeatureMap.rows` gathers them), and a GroupNorm needs the mean and variance of the whole map
-(each strip's `Moments` are taken while it is written, `normalise` merges them).
+(each strip's `Moments` are taken while it is written, `merge_moments` merges them).
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from services.vae_worker.decoding.stages import NormConv, Upsample, activate
+
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 CONV_HALO = 1
 """Rows that a 3x3 convolution of stride 1 needs above and below its output."""
@@ -26,17 +31,18 @@ CONV_HALO = 1
 class Moments:
     """Mean and biased variance per sample and channel over one strip.
 
-    `mean` and `variance` are (batch, channels), float32 (float64 for a float64 strip);
-    `num_pixels` counts the pixels of one channel of one sample.
+    Both are (batch, channels), float32 (float64 for a float64 strip).
     """
 
     mean: Tensor
     variance: Tensor
+
     num_pixels: int
+    """Of one channel of one sample."""
 
 
 def strip_moments(strip: Tensor) -> Moments:
-    """The moments of a strip (batch, channels, rows, width), in at least float32.
+    """Return the moments of a strip (batch, channels, rows, width), in at least float32.
 
     `torch.batch_norm_update_stats` is the library's own fused two-pass kernel for this, some ten
     times faster than `torch.var_mean` on channels_last memory. It also updates running statistics;
@@ -58,14 +64,14 @@ def strip_moments(strip: Tensor) -> Moments:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GroupStatistics:
-    """What a GroupNorm needs to know of the whole map, as per-channel (batch, channels) tensors."""
+    """What a GroupNorm has to know of the whole map, as per-channel (batch, channels) tensors."""
 
     mean: Tensor
     variance: Tensor
 
 
 def merge_moments(parts: Sequence[Moments], num_groups: int) -> GroupStatistics:
-    """Mean and biased variance of each group of channels over all strips.
+    """Return the mean and biased variance of each group of channels over all strips.
 
     The parallel variance formula (Chan, Golub, LeVeque 1979), all parts at once: the variance of
     the union is the weighted mean of the parts' variances and of their squared distances from the
@@ -103,7 +109,7 @@ class FeatureMap:
 
     @property
     def height(self) -> int:
-        """Rows appended so far, released ones included."""
+        """How many rows have been appended so far, released ones included."""
         return self._height
 
     @property
@@ -112,14 +118,14 @@ class FeatureMap:
         return self._moments
 
     def append(self, strip: Tensor, *, with_moments: bool = False) -> None:
-        """Add the next rows below; with their moments if the map's reader is a striped norm."""
+        """Add the next rows below; take their moments too if a norm in strips will read the map."""
         self._strips.append((self._height, strip))
         self._height += strip.shape[2]
         if with_moments:
             self._moments.append(strip_moments(strip))
 
     def rows(self, first: int, end: int) -> Tensor:
-        """Rows first to end (exclusive), zeros beyond the map's edges.
+        """Return rows first to end (exclusive), zeros beyond the map's edges.
 
         A view where one strip holds them all, else a copy.
         """
@@ -135,7 +141,7 @@ class FeatureMap:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def whole(self) -> Tensor:
-        """The whole map; it stays as it is, though in one piece."""
+        """Return the whole map; it is kept in one piece from now on."""
         if len(self._strips) > 1:
             self._strips = deque([(0, self.rows(0, self._height))])
         return self._strips[0][1]
@@ -146,7 +152,7 @@ class FeatureMap:
             self._strips.popleft()
 
     def share(self) -> FeatureMap:
-        """A second map of the same strips, which are freed when both have released them."""
+        """Return a second map of the same strips, which are freed once both have released them."""
         twin = FeatureMap()
         twin._strips = self._strips.copy()
         twin._height = self._height
@@ -154,7 +160,7 @@ class FeatureMap:
 
 
 def normalise(strip: Tensor, norm: nn.GroupNorm, statistics: GroupStatistics) -> Tensor:
-    """The rows of `norm(whole map)` that `strip` holds; a new tensor of the strip's dtype.
+    """Return the rows of `norm(whole map)` that `strip` holds: a new tensor of its dtype.
 
     With the statistics known, a GroupNorm is a scale and shift per channel, which is what a
     BatchNorm in evaluation mode is: one fused pass, float32 parameters for half-precision strips.
@@ -176,32 +182,51 @@ def normalise(strip: Tensor, norm: nn.GroupNorm, statistics: GroupStatistics) ->
     return samples[0] if len(samples) == 1 else torch.cat(samples)
 
 
-def activate(activation: Any, hidden_states: Tensor) -> Tensor:
-    """The activation, in place where that gives the library's bits (SiLU)."""
-    if isinstance(activation, nn.SiLU) and not _is_one_pixel(hidden_states):
-        return functional.silu(hidden_states, inplace=True)
-    result: Tensor = activation(hidden_states)
-    return result
+# --- stages in strips -----------------------------------------------------------------------------
+
+Strippable = NormConv | Upsample
+"""The stages that can run strip by strip."""
 
 
-def add_residual(hidden_states: Tensor, residual: Tensor, divisor: float) -> Tensor:
-    """`(residual + hidden_states) / divisor`, in place where that gives the library's bits."""
-    if _is_one_pixel(hidden_states):
-        return (residual + hidden_states) / divisor
-    hidden_states += residual
-    return hidden_states if divisor == 1.0 else hidden_states.div_(divisor)
+def strip_of(
+    stage: Strippable, source: FeatureMap, statistics: GroupStatistics | None, first: int, end: int
+) -> Tensor:
+    """Return output rows first to end (exclusive) of a stage.
 
-
-def _is_one_pixel(hidden_states: Tensor) -> bool:
-    """Whether strides say nothing of the memory format.
-
-    An operator that makes a new tensor then chooses other strides than it was given, and the
-    library's next kernels follow them: working in place would give other bits.
+    Args:
+        stage: What to compute.
+        source: Its input; the rows from `first_source_row` on must be there.
+        statistics: Of the whole input, for a norm; None for an enlargement.
+        first: The uppermost row.
+        end: The row below the lowest.
     """
-    return hidden_states.shape[2:] == (1, 1)
+    if isinstance(stage, Upsample):
+        window = _upsampled_rows(source, first - CONV_HALO, end + CONV_HALO)
+    else:
+        assert statistics is not None
+        window = _normalised_rows(
+            source,
+            first - CONV_HALO,
+            end + CONV_HALO,
+            norm=stage.norm,
+            statistics=statistics,
+            activation=stage.activation,
+        )
+    conv = stage.conv
+    return functional.conv2d(window, conv.weight, conv.bias, padding=(0, CONV_HALO))
 
 
-def normalised_rows(
+def first_source_row(stage: Strippable, row: int) -> int:
+    """Return the uppermost input row that a stage's output row `row` reads."""
+    return max(row - CONV_HALO, 0) // stage.enlarges
+
+
+def row_elements(stage: Strippable, width: int) -> int:
+    """Return the elements of one output row of `width`, or of its input if those are more."""
+    return max(stage.conv.in_channels, stage.conv.out_channels) * width
+
+
+def _normalised_rows(
     source: FeatureMap,
     first: int,
     end: int,
@@ -210,7 +235,7 @@ def normalised_rows(
     statistics: GroupStatistics,
     activation: Any,
 ) -> Tensor:
-    """Rows first to end (exclusive) of `activation(norm(map))`, zeros beyond the map's edges."""
+    """Return rows first to end of `activation(norm(map))`, zeros beyond the map's edges."""
     window = activate(activation, normalise(source.rows(first, end), norm, statistics))
     if first < 0:
         window[:, :, :-first] = 0.0
@@ -219,13 +244,8 @@ def normalised_rows(
     return window
 
 
-def upsampled_rows(source: FeatureMap, first: int, end: int) -> Tensor:
-    """Rows first to end (exclusive) of the map enlarged twice (nearest), zeros beyond its edges."""
+def _upsampled_rows(source: FeatureMap, first: int, end: int) -> Tensor:
+    """Return rows first to end of the map enlarged twice (nearest), zeros beyond its edges."""
     top = first // 2
     enlarged = functional.interpolate(source.rows(top, -(-end // 2)), scale_factor=2.0)
     return enlarged[:, :, first - 2 * top : end - 2 * top]
-
-
-def convolve_rows(conv: nn.Conv2d, window: Tensor) -> Tensor:
-    """A 3x3 convolution of the rows inside `window`, whose first and last row are halo."""
-    return functional.conv2d(window, conv.weight, conv.bias, padding=(0, CONV_HALO))

@@ -14,8 +14,8 @@ from decoders import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.vae_worker.chunk_plan import balanced_cuts
-from services.vae_worker.chunked_decoder import Granularity, decode_chunks, plan_chunks
+from services.vae_worker.decoding import Granularity, decode_chunks, plan_chunks
+from services.vae_worker.decoding.plan import balanced_cuts
 
 STRIP_TOLERANCE = 5e-5
 BF16_TOLERANCE_DB = 0.2

@@ -8,6 +8,7 @@ import torch
 from decoders import (
     finish,
     make_latents,
+    make_tiny_vae,
     make_vae,
     noise_db,
     relative_difference,
@@ -15,8 +16,8 @@ from decoders import (
 )
 from torch import Tensor
 
-from services.vae_worker.chunked_decoder import Granularity, decode_chunks, plan_chunks
-from services.vae_worker.strips import FeatureMap, merge_moments, strip_moments
+from services.vae_worker.decoding import Granularity, decode_chunks, plan_chunks
+from services.vae_worker.decoding.strips import FeatureMap, merge_moments, strip_moments
 from shared.errors import ConfigurationError
 
 LAYERS = Granularity()
@@ -105,6 +106,26 @@ def test_latents_of_another_dtype_are_scaled_before_they_are_rounded():
     with torch.inference_mode():
         expected = vae.decode(scaled, return_dict=False)[0]
     assert torch.equal(decode(vae, latents, LAYERS), expected)
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("upsample_fn", ["nearest", "bilinear"])
+def test_a_tiny_decoder_gives_the_bits_of_its_whole_decode(dtype, num_chunks, upsample_fn):
+    vae = make_tiny_vae(dtype=dtype, scaling_factor=0.5, upsample_fn=upsample_fn)
+    latents = make_latents(vae, 5, 7, batch=2)
+    image = decode(vae, latents, Granularity(num_chunks=num_chunks, max_strip_fraction=0.01))
+    assert image.shape == (2, 3, 20, 28)
+    assert torch.equal(image, whole_decode(vae, latents))
+
+
+@pytest.mark.parametrize("make", [make_vae, make_tiny_vae])
+def test_latents_are_shifted_as_the_configuration_says(make):
+    vae = make(scaling_factor=0.5, shift_factor=0.25)
+    latents = make_latents(vae, 4, 4)
+    whole = whole_decode(vae, latents)
+    assert torch.equal(decode(vae, latents, LAYERS), whole)
+    assert not torch.equal(whole, whole_decode(make(scaling_factor=0.5), latents))
 
 
 def test_the_decode_yields_once_between_two_chunks_and_leaves_the_callers_grad_mode_alone():

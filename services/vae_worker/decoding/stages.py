@@ -1,0 +1,201 @@
+"""The stages of a diffusers decoder: passes over the feature map, each of one convolution.
+
+A stage runs whole, with the library's own kernels and thus its own bits; some can also run strip
+by strip (`strips`). Stages keep no state: what lies between them is held by `decoder`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from shared.latents_format import LatentsFormat
+
+FLOPS_PER_BYTE = 10.0
+"""How many operations take as long as a byte from or to memory, for cost estimates (an AVX2 core in
+fp32; far higher where matrix units do the work, which is what measured costs are for)."""
+
+MIN_CONV_CHANNELS = 16
+"""Convolution kernels pad fewer output channels than this with zeros and compute those too."""
+
+
+def conv_flops(conv: nn.Conv2d, pixels: int) -> float:
+    """Return the operations of a convolution for so many output pixels."""
+    taps = conv.kernel_size[0] * conv.kernel_size[1]
+    return 2.0 * taps * conv.in_channels * max(conv.out_channels, MIN_CONV_CHANNELS) * pixels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Stem:
+    """Latents to features: scaling and shift, `post_quant_conv` and `conv_in`."""
+
+    enlarges: ClassVar[int] = 1
+    name: str
+    latents_format: LatentsFormat
+
+    post_quant_conv: nn.Conv2d | None
+    """None in a decoder without."""
+
+    conv_in: nn.Conv2d
+
+    def whole(self, latents: Tensor) -> Tensor:
+        """Return the first features; latents are unscaled as diffusers' pipelines do it."""
+        features = unscale(latents, self.latents_format, self.conv_in.weight)
+        if self.post_quant_conv is not None:
+            features = self.post_quant_conv(features)
+        result: Tensor = self.conv_in(features)
+        return result
+
+    def cost(self, pixels: int, itemsize: int) -> float:
+        """Return the estimated operations for `pixels` output pixels of one sample."""
+        channels = self.conv_in.in_channels + self.conv_in.out_channels
+        return conv_flops(self.conv_in, pixels) + FLOPS_PER_BYTE * channels * pixels * itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class NormConv:
+    """GroupNorm, activation, 3x3 convolution: half a resnet, or the decoder's output layer.
+
+    A resnet's first half `opens_residual`: its input, through `shortcut` where there is one, waits
+    to be added to the result of the second half, which `closes_residual`, and divided by `divisor`.
+    """
+
+    enlarges: ClassVar[int] = 1
+    name: str
+    norm: nn.GroupNorm
+    activation: Any
+    conv: nn.Conv2d
+    shortcut: nn.Conv2d | None = None
+    opens_residual: bool = False
+    closes_residual: bool = False
+    divisor: float = 1.0
+
+    def whole(self, features: Tensor) -> Tensor:
+        """Return the whole map, computed by the library's modules."""
+        result: Tensor = self.conv(activate(self.activation, self.norm(features)))
+        return result
+
+    def cost(self, pixels: int, itemsize: int) -> float:
+        """Return the estimated operations for `pixels` output pixels of one sample."""
+        flops = conv_flops(self.conv, pixels)
+        if self.shortcut is not None:
+            flops += conv_flops(self.shortcut, pixels)
+        # statistics read; normalise and activate read and write; the convolution reads and writes
+        channels = 6 * self.conv.in_channels + self.conv.out_channels
+        return flops + FLOPS_PER_BYTE * channels * pixels * itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Upsample:
+    """Twice the height and width (nearest), then a 3x3 convolution."""
+
+    enlarges: ClassVar[int] = 2
+    name: str
+    module: Any
+
+    conv: nn.Conv2d
+    """A part of `module`."""
+
+    def whole(self, features: Tensor) -> Tensor:
+        """Return the whole map, computed by the library's module."""
+        result: Tensor = self.module(features)
+        return result
+
+    def cost(self, pixels: int, itemsize: int) -> float:
+        """Return the estimated operations for `pixels` output pixels of one sample."""
+        channels = 2 * self.conv.in_channels + self.conv.out_channels
+        return conv_flops(self.conv, pixels) + FLOPS_PER_BYTE * channels * pixels * itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Attention:
+    """Self-attention over all pixels; always whole."""
+
+    enlarges: ClassVar[int] = 1
+    name: str
+    channels: int
+    module: Any
+
+    def whole(self, features: Tensor) -> Tensor:
+        """Return the whole map, computed by the library's module."""
+        result: Tensor = self.module(features)
+        return result
+
+    def cost(self, pixels: int, itemsize: int) -> float:
+        """Return the estimated operations for `pixels` output pixels of one sample."""
+        flops = 8.0 * self.channels * self.channels * pixels + 4.0 * self.channels * pixels * pixels
+        return flops + FLOPS_PER_BYTE * 10 * self.channels * pixels * itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TinyLayers:
+    """A few layers of an `AutoencoderTiny`'s decoder, up to an enlargement; always whole."""
+
+    name: str
+    layers: tuple[nn.Module, ...]
+
+    enlarges: int
+    """How many times as high and wide the result is."""
+
+    latents_format: LatentsFormat | None = None
+    """Of the latents that the first layers are given; None for features."""
+
+    is_last: bool = False
+    """Whether the result is the image."""
+
+    def whole(self, features: Tensor) -> Tensor:
+        """Return the whole map; around the layers is what diffusers' `DecoderTiny` does."""
+        if self.latents_format is not None:
+            weight = next(self.layers[0].parameters())
+            features = (unscale(features, self.latents_format, weight) / 3).tanh() * 3
+        for layer in self.layers:
+            features = layer(features)
+        return features.mul(2).sub(1) if self.is_last else features
+
+    def cost(self, pixels: int, itemsize: int) -> float:
+        """Return the estimated operations for `pixels` output pixels of one sample."""
+        convs = [
+            part for layer in self.layers for part in layer.modules() if isinstance(part, nn.Conv2d)
+        ]
+        flops = sum(conv_flops(conv, pixels) for conv in convs)
+        channels = sum(2 * conv.in_channels + conv.out_channels for conv in convs)
+        return flops + FLOPS_PER_BYTE * channels * pixels * itemsize
+
+
+Stage = Stem | NormConv | Upsample | Attention | TinyLayers
+
+
+def unscale(latents: Tensor, latents_format: LatentsFormat, like: Tensor) -> Tensor:
+    """Return what the VAE is given for latents, on the device and in the dtype of `like`."""
+    latents = latents / latents_format.scaling_factor
+    if latents_format.shift_factor:
+        latents = latents + latents_format.shift_factor
+    return latents.to(device=like.device, dtype=like.dtype)
+
+
+def activate(activation: Any, hidden_states: Tensor) -> Tensor:
+    """Return the activation, computed in place where that gives the library's bits (SiLU)."""
+    if isinstance(activation, nn.SiLU) and not _is_one_pixel(hidden_states):
+        return functional.silu(hidden_states, inplace=True)
+    result: Tensor = activation(hidden_states)
+    return result
+
+
+def add_residual(hidden_states: Tensor, residual: Tensor, divisor: float) -> Tensor:
+    """Return `(residual + hidden_states) / divisor`, in place where that gives the same bits."""
+    if _is_one_pixel(hidden_states):
+        return (residual + hidden_states) / divisor
+    hidden_states += residual
+    return hidden_states if divisor == 1.0 else hidden_states.div_(divisor)
+
+
+def _is_one_pixel(hidden_states: Tensor) -> bool:
+    """Tell whether strides say nothing of the memory format.
+
+    An operator that makes a new tensor then chooses other strides than it was given, and the
+    library's next kernels follow them: working in place would give other bits.
+    """
+    return hidden_states.shape[2:] == (1, 1)
