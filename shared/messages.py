@@ -144,7 +144,7 @@ class ModelInfo:
     default_sampler: str
     max_steps_by_sampler: dict[str, int] = field(default_factory=dict)
 
-    rows_are_independent: bool = False
+    is_batch_invariant: bool = False
     """Whether a seed gives the same bytes alone and among others."""
 
 

@@ -204,7 +204,7 @@ class UnetWorkerService:
             samplers=samplers.names,
             default_sampler=DEFAULT_SAMPLER,
             max_steps_by_sampler=samplers.max_steps,
-            rows_are_independent=self._backend.rows_are_independent,
+            is_batch_invariant=self._backend.is_batch_invariant,
         )
 
     # --- messages -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from services.unet_worker.backends.cpu import packed_weights
 from services.unet_worker.backends.cpu.backend import CpuBackend
-from services.unet_worker.backends.cpu.independent_rows import inputs_of_layers
+from services.unet_worker.backends.cpu.batch_invariance import inputs_of_layers
 from services.unet_worker.backends.cpu.packed_weights import PackedWeights
 from services.unet_worker.backends.measure import zero_inputs
 from services.unet_worker.families.loading import load_family

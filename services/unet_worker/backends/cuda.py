@@ -50,7 +50,7 @@ class _Graph:
 class CudaBackend(EagerBackend):
     """Launches captured forwards; the methods' contracts are those of `Backend`.
 
-    A row's bits depend on the bucket it runs in, so `rows_are_independent` is False.
+    A row's bits depend on the bucket it runs in, so `is_batch_invariant` is False.
 
     Args:
         family: Whose network is run.

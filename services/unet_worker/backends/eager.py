@@ -27,7 +27,7 @@ class EagerBackend:
         self._family = family
 
     @property
-    def rows_are_independent(self) -> bool:
+    def is_batch_invariant(self) -> bool:
         """Return False: kernels may differ by the number of rows."""
         return False
 

@@ -18,7 +18,7 @@ class Backend(Protocol):
     """Runs forwards. All methods belong on the compute thread, except `handing_over`."""
 
     @property
-    def rows_are_independent(self) -> bool:
+    def is_batch_invariant(self) -> bool:
         """Return whether a row's prediction is the same to the bit alone and among others.
 
         On any number of threads, whatever runs beside.

@@ -5,7 +5,7 @@ every `run` that names it with the step it holds moves it one forward on; after 
 latents are handed out and the row is free.
 
 A row's result does not depend on its neighbours: no operation mixes rows. Whether it is the same to
-the last bit is the backend's affair (`Backend.rows_are_independent`): kernels can differ by the
+the last bit is the backend's affair (`Backend.is_batch_invariant`): kernels can differ by the
 number of rows.
 
 All methods belong on one thread, the compute thread, except `draw_ahead`.

@@ -46,9 +46,9 @@ class CpuBackend(EagerBackend):
         self._is_prepared = False
 
     @property
-    def rows_are_independent(self) -> bool:
+    def is_batch_invariant(self) -> bool:
         """Return whether every row gives the same bits alone and among others."""
-        return self.forward.rows_are_independent
+        return self.forward.is_batch_invariant
 
     def prepare(self, sizes: Sequence[tuple[int, int]] = ()) -> bool:
         """Lay the network out for this CPU and record it at the default size and at these."""

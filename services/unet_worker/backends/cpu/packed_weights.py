@@ -5,7 +5,7 @@ takes as long however few the rows are: a third of a row's forward. A call also 
 before it computes, so linear layers that are given the same input (the attention's projections of
 one map, those of the prompt in all blocks, those of the timestep) are one call. Either is used only
 where random rows give the same to the bit: what the layers themselves give for many rows, in any
-number and on any threads (`independent_rows`).
+number and on any threads (`batch_invariance`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import torch
 
-from services.unet_worker.backends.cpu.independent_rows import (
+from services.unet_worker.backends.cpu.batch_invariance import (
     gives,
     random_rows,
     running_on,

@@ -22,8 +22,7 @@ from typing import Any
 
 import torch
 
-from services.unet_worker.backends.cpu.giving_way import GivingWay, Parts, even_sizes, set_threads
-from services.unet_worker.backends.cpu.independent_rows import (
+from services.unet_worker.backends.cpu.batch_invariance import (
     Form,
     find_forms,
     in_forms,
@@ -31,6 +30,7 @@ from services.unet_worker.backends.cpu.independent_rows import (
     running_on,
     tried_threads,
 )
+from services.unet_worker.backends.cpu.giving_way import GivingWay, Parts, even_sizes, set_threads
 from services.unet_worker.backends.cpu.packed_weights import PackedWeights
 
 MAX_SIZES = 64
@@ -52,7 +52,7 @@ class RecordedForward:
             else each of their operations runs on all threads.
 
     Attributes:
-        rows_are_independent: Whether a row gives the same bits in any number of rows and on any
+        is_batch_invariant: Whether a row gives the same bits in any number of rows and on any
             threads, at all sizes so far.
     """
 
@@ -66,7 +66,7 @@ class RecordedForward:
         self._forms: OrderedDict[torch.Size, Mapping[torch.nn.Module, Form]] = OrderedDict()
         self._threads = 0
         self._helpers: ThreadPoolExecutor | None = None
-        self.rows_are_independent = True
+        self.is_batch_invariant = True
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Return the network's output, computed on the caller's threads or those held for it.
@@ -146,7 +146,7 @@ class RecordedForward:
             if graph:
                 self._graphs[inputs[0].shape[1:]] = graph
             call = graph or (lambda *rows: self._call_plain(rows))
-            self.rows_are_independent &= _is_consistent(call, inputs)
+            self.is_batch_invariant &= _is_consistent(call, inputs)
         return graph is not None
 
     def _graph(self, inputs: _Inputs, forms: Mapping[torch.nn.Module, Form]) -> Any | None:

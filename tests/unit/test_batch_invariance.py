@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from services.unet_worker.backends.cpu import independent_rows
+from services.unet_worker.backends.cpu import batch_invariance
 from services.unet_worker.backends.cpu.backend import CpuBackend
-from services.unet_worker.backends.cpu.independent_rows import (
+from services.unet_worker.backends.cpu.batch_invariance import (
     find_forms,
     in_forms,
     in_pairs,
@@ -110,7 +110,7 @@ def test_a_row_is_the_same_alone_and_among_others_on_any_threads(
     family = load_family(tiny_model_folder, device="cpu", dtype=dtype)
     backend = CpuBackend(family)
     assert backend.prepare([(256, 192)])
-    assert backend.rows_are_independent
+    assert backend.is_batch_invariant
     generator = torch.Generator().manual_seed(0)
     rows = 7
     sample = torch.randn(rows, 4, size[0] // 8, size[1] // 8, generator=generator)
@@ -132,9 +132,9 @@ def test_a_row_is_the_same_alone_and_among_others_on_any_threads(
 def test_a_backend_whose_graphs_are_not_consistent_says_so(
     tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(independent_rows, "FORMS", ())
+    monkeypatch.setattr(batch_invariance, "FORMS", ())
     backend = CpuBackend(load_family(tiny_model_folder, device="cpu", dtype="float32"))
     family: Any = backend._family
     family.unet.conv_in.__class__ = EveryNumberDiffers
     backend.prepare()
-    assert not backend.rows_are_independent
+    assert not backend.is_batch_invariant
