@@ -1,8 +1,7 @@
-"""The format of a model's latents, as the configuration of its VAE states it."""
+"""What both halves of a model must agree on about latents, as the folder's VAE says it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,50 +12,47 @@ from shared.model_folder import read_json
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentsFormat:
-    """What latents are to the VAE that decodes them: `latents / scaling_factor + shift_factor`."""
+    """How a model's latents relate to what its VAE decodes: `latents / scaling + shift`."""
 
     channels: int
+    """Of one picture's latents."""
 
     vae_scale_factor: int
-    """Pixels of a picture's side for one of the latents'."""
+    """Pixels of a picture's side for one of its latents'."""
 
     scaling_factor: float
-    shift_factor: float
+    """What an encoder's output is multiplied by for denoising."""
 
-    needs_float32: bool
-    """Whether the VAE overflows in float16 (diffusers' `force_upcast`)."""
+    shift_factor: float = 0.0
+    """What is taken from an encoder's output before that."""
+
+    needs_float32: bool = False
+    """Whether the VAE overflows in float16 (`force_upcast`)."""
 
 
 def read_latents_format(folder: Path) -> LatentsFormat:
-    """Return the format of the latents of a diffusers folder.
+    """Return the format that `vae/config.json` of a diffusers folder describes.
 
     Raises:
-        ConfigurationError: The folder has no configuration of a VAE, or one that lacks a field.
+        ConfigurationError: The file is missing, or not the configuration of a VAE.
     """
     path = folder / "vae" / "config.json"
+    config = read_json(path)
+    blocks = config.get("block_out_channels") or config.get("decoder_block_out_channels") or [0]
     try:
-        return parse_latents_format(read_json(path))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigurationError(
-            f"{path} should describe a VAE that can be served: {error!r}"
-        ) from error
+        return LatentsFormat(
+            channels=int(config.get("latent_channels", 4)),
+            vae_scale_factor=2 ** (len(blocks) - 1),
+            scaling_factor=float(config.get("scaling_factor", _DEFAULT_SCALING[_kind(config)])),
+            shift_factor=float(config.get("shift_factor") or 0.0),
+            needs_float32=bool(config.get("force_upcast", False)),
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"{path} is not a VAE's configuration: {error}") from error
 
 
-def parse_latents_format(config: Mapping[str, Any]) -> LatentsFormat:
-    """Return the format of the latents of a VAE with this configuration.
+_DEFAULT_SCALING = {"AutoencoderKL": 0.18215, "AutoencoderTiny": 1.0}  # of diffusers' own classes
 
-    Fields that older configurations lack have the value that diffusers gives them, but for
-    `force_upcast`: it came with SDXL, and no VAE before that needs float32.
 
-    Raises:
-        KeyError, TypeError, ValueError: A field is missing or no number.
-    """
-    tiny_widths = config.get("decoder_block_out_channels")
-    widths = tiny_widths or config["block_out_channels"]
-    return LatentsFormat(
-        channels=int(config.get("latent_channels", 4)),
-        vae_scale_factor=int(2 ** (len(widths) - 1)),
-        scaling_factor=float(config.get("scaling_factor", 1.0 if tiny_widths else 0.18215)),
-        shift_factor=float(config.get("shift_factor") or 0.0),
-        needs_float32=bool(config.get("force_upcast", False)),
-    )
+def _kind(config: dict[str, Any]) -> str:
+    return "AutoencoderTiny" if config.get("_class_name") == "AutoencoderTiny" else "AutoencoderKL"

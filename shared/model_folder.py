@@ -26,9 +26,9 @@ VARIANTS: Final = (None, "fp16", "bf16")
 class _Part:
     """A folder within a model's.
 
-    class_names: that `model_index.json` may name; none for any. files: that have to be there, each
-    with others that may stand in for it. weights: what the names of its weight files begin with, as
-    safetensors and as .bin; none for a part without.
+    class_names: in `model_index.json`; none for any. files: that have to be there, each with others
+    that may stand in for it. weights: what the names of its weight files begin with, as safetensors
+    and as .bin; none for a part without.
     """
 
     class_names: tuple[str, ...] = ()

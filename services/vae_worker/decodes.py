@@ -21,7 +21,7 @@ from shared.cuda_ipc import gpu_ipc
 from shared.device import finish_work
 from shared.errors import HandleLostError, SynerDiffError
 from shared.logs import get_logger
-from shared.messages import ChunksDecoded, CommitRefused, DecodeLatents, HandleLost, RequestFailed
+from shared.messages import ChunksDecoded, DecodeLatents, HandleLost, RequestFailed
 from shared.records import Records
 from shared.settings import VaeWorkerSettings
 from shared.tasks import TaskGroup
@@ -173,13 +173,6 @@ class Decodes:
             return
         if not is_committed:
             log.info("commit lost to a final state or newer attempt", request=command.request_id)
-            self._link.post(
-                CommitRefused(
-                    incarnation=self._link.incarnation,
-                    request_id=command.request_id,
-                    attempt=command.attempt,
-                )
-            )
 
     def _lose(self, decode: Decode, error: HandleLostError) -> None:
         """Say that a decode's latents are nowhere."""

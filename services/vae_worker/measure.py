@@ -15,7 +15,7 @@ from shared.worker import sample_for
 
 def time_chunks(decoder: Decoder, plan: ChunkPlan) -> tuple[float, ...]:
     """Return the seconds of each chunk of one decode of dummy latents."""
-    shape = (1, decoder.latents_format.channels, plan.latent_height, plan.latent_width)
+    shape = (1, decoder.latent_channels, plan.latent_height, plan.latent_width)
     latents = torch.zeros(shape, device=decoder.device, dtype=decoder.dtype)
     chunks = decode_chunks(decoder.vae, latents, plan=plan)
     durations_s = []

@@ -160,7 +160,7 @@ class VaeWorkerService:
         decoder = load_decoder(settings.model, device=settings.device, dtype=settings.dtype)
         self._decoder = decoder
         height, width = decoder.default_size
-        pixels = height * width * decoder.latents_format.vae_scale_factor**2
+        pixels = height * width * decoder.scale_factor**2
         self._patience = Patience(settings.max_call_s, pixels)
         self._decodes = Decodes(
             redis=self._redis,
@@ -174,7 +174,7 @@ class VaeWorkerService:
 
     def _warm_up(self) -> None:
         """Decode once at each size that is to be ready; runs in a compute thread."""
-        factor = self._decoder.latents_format.vae_scale_factor
+        factor = self._decoder.scale_factor
         sizes = [(h // factor, w // factor) for h, w in self._settings.sizes_to_warm_up]
         for size in (self._decoder.default_size, *sizes):
             time_chunks(self._decoder, self._decodes.runner.plan(*size))
@@ -217,7 +217,7 @@ class VaeWorkerService:
 
     async def _measure(self, command: MeasureChunks, thread: ComputeThread) -> None:
         """Time decodes of dummy latents; no request is touched."""
-        factor = self._decoder.latents_format.vae_scale_factor
+        factor = self._decoder.scale_factor
         window_s = command.window_ms / 1000
 
         def measure() -> tuple[float, ...]:

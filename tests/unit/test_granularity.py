@@ -16,7 +16,7 @@ from services.vae_worker.decoding import Granularity
 from services.vae_worker.granularity import choose_granularity
 from services.vae_worker.model import Decoder
 from shared.errors import ConfigurationError
-from shared.latents_format import parse_latents_format
+from shared.latents_format import LatentsFormat
 from shared.profile_files import ChunkGranularity, find_granularity
 from shared.settings import VaeWorkerSettings
 
@@ -80,7 +80,7 @@ def test_settings_override_the_profile(
         vae=None,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        latents_format=parse_latents_format({"block_out_channels": [8, 8]}),
+        latents_format=LatentsFormat(channels=4, vae_scale_factor=8, scaling_factor=1.0),
         default_size=(8, 8),
     )
     read = VaeWorkerSettings.model_validate({"profiles": tmp_path, **settings})

@@ -1,4 +1,4 @@
-"""Which VAEs are loaded, in which dtype, and what their latents are."""
+"""Which VAEs are loaded, and in which dtype."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from decoders import finish, make_latents, make_tiny_vae, whole_decode
 
 from services.vae_worker.decoding import Granularity, decode_chunks, plan_chunks
 from services.vae_worker.model import load_decoder
-from shared.errors import ConfigurationError
-from shared.latents_format import LatentsFormat, read_latents_format
+from shared.latents_format import LatentsFormat
 from shared.model_folder import check_model_folder
 
 
@@ -66,28 +65,3 @@ def test_a_vae_that_overflows_in_float16_computes_in_float32(
     decoder = load_decoder(folder, device="cpu", dtype=dtype)
     assert decoder.dtype is expected
     assert {parameter.dtype for parameter in decoder.vae.decoder.parameters()} == {expected}
-
-
-def test_what_an_old_configuration_lacks_has_the_value_that_diffusers_gives_it(
-    folder: Path,
-) -> None:
-    path = folder / "vae" / "config.json"
-    config = json.loads(path.read_text())
-    kept = ("_class_name", "block_out_channels")
-    path.write_text(json.dumps({name: config[name] for name in kept}))
-    assert read_latents_format(folder) == LatentsFormat(
-        channels=4,
-        vae_scale_factor=8,
-        scaling_factor=0.18215,
-        shift_factor=0.0,
-        needs_float32=False,
-    )
-
-
-@pytest.mark.parametrize("fields", [{"block_out_channels": None}, {"scaling_factor": "much"}])
-def test_a_configuration_that_says_nothing_of_latents_is_refused(
-    folder: Path, fields: dict[str, Any]
-) -> None:
-    change(folder / "vae" / "config.json", **fields)
-    with pytest.raises(ConfigurationError, match=r"vae/config\.json"):
-        read_latents_format(folder)

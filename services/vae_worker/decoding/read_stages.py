@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -16,7 +16,6 @@ from services.vae_worker.decoding.stages import (
     Upsample,
 )
 from shared.errors import ConfigurationError
-from shared.latents_format import LatentsFormat, parse_latents_format
 
 
 def read_stages(vae: Any) -> list[Stage]:
@@ -28,14 +27,16 @@ def read_stages(vae: Any) -> list[Stage]:
     Raises:
         ConfigurationError: The decoder has a block that this module can't take apart.
     """
-    latents_format = parse_latents_format(vae.config)
-    if type(vae).__name__ == "AutoencoderTiny":
-        return _tiny_stages(vae.decoder.layers, latents_format)
+    return _tiny_stages(vae) if type(vae).__name__ == "AutoencoderTiny" else _kl_stages(vae)
+
+
+def _kl_stages(vae: Any) -> list[Stage]:
     decoder = vae.decoder
     stages: list[Stage] = [
         Stem(
             name="conv_in",
-            latents_format=latents_format,
+            scaling_factor=vae.config.scaling_factor,
+            shift_factor=vae.config.shift_factor or 0.0,
             post_quant_conv=vae.post_quant_conv,
             conv_in=decoder.conv_in,
         )
@@ -110,28 +111,35 @@ def _resnet_stages(name: str, resnet: Any) -> list[Stage]:
     ]
 
 
-def _tiny_stages(layers: nn.Sequential, latents_format: LatentsFormat) -> list[Stage]:
-    """Return a stage for each layer that has weights, with those ahead of it that have none."""
+def _tiny_stages(vae: Any) -> list[Stage]:
+    first, *layers = vae.decoder.layers
     groups: list[list[nn.Module]] = [[]]
     for layer in layers:
         groups[-1].append(layer)
         if next(layer.parameters(), None) is not None:
             groups.append([])
-    assert not groups[-1], "a decoder ends with a convolution"
+    assert not groups.pop(), "a decoder ends with a convolution"
+    stem = Stem(
+        name="layers.0",
+        scaling_factor=vae.config.scaling_factor,
+        shift_factor=vae.config.shift_factor or 0.0,
+        post_quant_conv=None,
+        conv_in=first,
+        is_bounded=True,
+    )
     return [
-        TinyLayers(
-            name=f"layers.{index}",
-            layers=tuple(group),
-            enlarges=prod(
-                _scale_factor(layer) for layer in group if isinstance(layer, nn.Upsample)
-            ),
-            latents_format=latents_format if index == 0 else None,
-            is_last=index == len(groups) - 2,
-        )
-        for index, group in enumerate(groups[:-1])
+        stem,
+        *(
+            TinyLayers(
+                name=f"layers.{number}",
+                layers=tuple(group),
+                enlarges=prod(_scale_of(layer) for layer in group),
+                is_last=number == len(groups),
+            )
+            for number, group in enumerate(groups, start=1)
+        ),
     ]
 
 
-def _scale_factor(layer: nn.Upsample) -> int:
-    assert isinstance(layer.scale_factor, float)
-    return int(layer.scale_factor)
+def _scale_of(layer: nn.Module) -> int:
+    return int(cast("float", layer.scale_factor)) if isinstance(layer, nn.Upsample) else 1

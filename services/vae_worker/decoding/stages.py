@@ -12,8 +12,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shared.latents_format import LatentsFormat
-
 FLOPS_PER_BYTE = 10.0
 """How many operations take as long as a byte from or to memory, for cost estimates (an AVX2 core in
 fp32; far higher where matrix units do the work, which is what measured costs are for)."""
@@ -34,20 +32,36 @@ class Stem:
 
     enlarges: ClassVar[int] = 1
     name: str
-    latents_format: LatentsFormat
+
+    scaling_factor: float
+    shift_factor: float
+    """Of the latents' format."""
 
     post_quant_conv: nn.Conv2d | None
     """None in a decoder without."""
 
     conv_in: nn.Conv2d
 
+    is_bounded: bool = False
+    """Whether latents are squeezed into a range of 3, as tiny autoencoders want them."""
+
     def whole(self, latents: Tensor) -> Tensor:
-        """Return the first features; latents are unscaled as diffusers' pipelines do it."""
-        features = unscale(latents, self.latents_format, self.conv_in.weight)
+        """Return the first features, as diffusers' pipelines compute them.
+
+        Args:
+            latents: Scaled and shifted, of any float dtype, on any device.
+        """
+        weight = self.conv_in.weight
+        latents = latents / self.scaling_factor
+        if self.shift_factor:
+            latents = latents + self.shift_factor
+        latents = latents.to(device=weight.device, dtype=weight.dtype)
+        if self.is_bounded:
+            latents = (latents / 3).tanh() * 3
         if self.post_quant_conv is not None:
-            features = self.post_quant_conv(features)
-        result: Tensor = self.conv_in(features)
-        return result
+            latents = self.post_quant_conv(latents)
+        features: Tensor = self.conv_in(latents)
+        return features
 
     def cost(self, pixels: int, itemsize: int) -> float:
         """Return the estimated operations for `pixels` output pixels of one sample."""
@@ -132,7 +146,10 @@ class Attention:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TinyLayers:
-    """A few layers of an `AutoencoderTiny`'s decoder, up to an enlargement; always whole."""
+    """A layer of an `AutoencoderTiny`'s decoder with those ahead of it that have no weights.
+
+    They are cheap enough never to be cut into strips.
+    """
 
     name: str
     layers: tuple[nn.Module, ...]
@@ -140,17 +157,11 @@ class TinyLayers:
     enlarges: int
     """How many times as high and wide the result is."""
 
-    latents_format: LatentsFormat | None = None
-    """Of the latents that the first layers are given; None for features."""
-
-    is_last: bool = False
-    """Whether the result is the image."""
+    is_last: bool
+    """Whether the result is the image in [0, 1], which diffusers stretches to [-1, 1]."""
 
     def whole(self, features: Tensor) -> Tensor:
-        """Return the whole map; around the layers is what diffusers' `DecoderTiny` does."""
-        if self.latents_format is not None:
-            weight = next(self.layers[0].parameters())
-            features = (unscale(features, self.latents_format, weight) / 3).tanh() * 3
+        """Return the whole map, computed by the library's modules."""
         for layer in self.layers:
             features = layer(features)
         return features.mul(2).sub(1) if self.is_last else features
@@ -166,14 +177,6 @@ class TinyLayers:
 
 
 Stage = Stem | NormConv | Upsample | Attention | TinyLayers
-
-
-def unscale(latents: Tensor, latents_format: LatentsFormat, like: Tensor) -> Tensor:
-    """Return what the VAE is given for latents, on the device and in the dtype of `like`."""
-    latents = latents / latents_format.scaling_factor
-    if latents_format.shift_factor:
-        latents = latents + latents_format.shift_factor
-    return latents.to(device=like.device, dtype=like.dtype)
 
 
 def activate(activation: Any, hidden_states: Tensor) -> Tensor:
