@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import torch
 
-from services.unet_worker.backends.cpu.giving_way import set_threads
+from shared.threads import running_on, set_threads
 
 ROWS: Final = (1, 2, 3, 4, 8, 16, 32)
 """Numbers of rows that are tried."""
@@ -77,17 +77,6 @@ def gives(
 def random_rows(x: torch.Tensor) -> torch.Tensor:
     """Return random rows of the size of x's, as many as are tried at most."""
     return torch.randn_like(torch.cat([x[:1]] * tried_rows(x)[-1]))
-
-
-@contextlib.contextmanager
-def running_on(threads: int) -> Iterator[None]:
-    """Compute on so many threads meanwhile."""
-    before = torch.get_num_threads()
-    set_threads(threads)
-    try:
-        yield
-    finally:
-        set_threads(before)
 
 
 def inputs_of_layers(

@@ -20,9 +20,9 @@ import torch
 from services.unet_worker.backends.cpu.batch_invariance import (
     gives,
     random_rows,
-    running_on,
     tried_threads,
 )
+from shared.threads import running_on
 
 PROBED_ROWS: Final = (1, 2, 4, 8, 16, 32, 64)
 """A convolution's kernel may want another layout for another number of rows or threads. It would be

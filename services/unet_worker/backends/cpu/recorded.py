@@ -27,11 +27,11 @@ from services.unet_worker.backends.cpu.batch_invariance import (
     find_forms,
     in_forms,
     inputs_of_layers,
-    running_on,
     tried_threads,
 )
-from services.unet_worker.backends.cpu.giving_way import GivingWay, Parts, even_sizes, set_threads
+from services.unet_worker.backends.cpu.giving_way import GivingWay, Parts, even_sizes
 from services.unet_worker.backends.cpu.packed_weights import PackedWeights
+from shared.threads import running_on, set_threads
 
 MAX_SIZES = 64
 """Sizes that were not recorded whose layers are remembered; clients choose them."""
