@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.trajectories import Trajectories
-from services.unet_worker.guidance import GuidanceRecord, can_skip, extrapolation_weights
+from services.unet_worker.denoising.guidance import GuidanceRecord, can_skip, extrapolation_weights
 from shared.guidance_skip import SkipParameters
 
 Floats = npt.NDArray[np.float64]

@@ -197,12 +197,14 @@ class VaeWorkerSettings(WorkerSettings):
     """profiles: as the scheduler's. A profile of the model says how its decodes are cut.
 
     num_chunks, max_strip_fraction: override it, as in `ChunkGranularity`. Large pictures need
-    strips where memory is short.
+    strips where memory is short. max_decodes: side by side, each with feature maps of its own; 0
+    means one for each CPU thread, up to four, and one on a GPU.
     """
 
     profiles: Path = SHIPPED_PROFILES
     num_chunks: int | None = Field(None, ge=1, le=64)
     max_strip_fraction: float | None = Field(None, ge=0, le=1)
+    max_decodes: int = Field(0, ge=0)
 
 
 S = TypeVar("S", bound=ServiceSettings)

@@ -14,9 +14,10 @@ from redis.asyncio import Redis
 from running_services import num_done, stack
 from test_unet_worker_service import Desk as UnetDesk
 
-from services.unet_worker.denoiser import Denoiser
+from services.unet_worker.denoising.denoiser import Denoiser
 from services.unet_worker.service import UnetWorkerService
-from services.vae_worker import service as vae_service
+from services.vae_worker import committer
+from services.vae_worker.chunk_runner import ChunkRunner
 from services.vae_worker.service import VaeWorkerService
 from shared import keys, messages
 from shared.probe import READINESS
@@ -108,9 +109,9 @@ async def test_a_vae_worker_whose_work_hangs_is_lost(
         await running.unet("u")
         running.scheduler()
         if stuck == "decode_chunks":
-            monkeypatch.setattr(VaeWorkerService, "_advance", hang)
+            monkeypatch.setattr(ChunkRunner, "run", hang)
         else:
-            monkeypatch.setattr(vae_service, stuck, hang)
+            monkeypatch.setattr(committer, stuck, hang)
         await running.submit(1, num_steps=2)
         await until_lost(redis, incarnation, hang)
         monkeypatch.undo()
