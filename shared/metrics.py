@@ -102,7 +102,7 @@ ENCODE_SECONDS = Histogram(
 )
 DECODE_SECONDS = Histogram(
     "synerdiff_decode_seconds",
-    "Time of a whole decode on the compute thread",
+    "Time of a whole decode on the threads granted; of those that share them, their part",
     buckets=_STEP_SECONDS,
 )
 RESUMED = Counter("synerdiff_resumed", "Requests gone on with where a drained worker left them")
