@@ -29,7 +29,7 @@ from bench.fidelity_samples import (
 )
 from bench.fidelity_sheet import save_sheet
 from bench.report import REPORTS, machine, percentile, write_report
-from cli.stack import EMBEDDED_MODEL
+from launch.stack import EMBEDDED_MODEL
 from shared.settings import available_threads
 from training.retrieval import References, load_references
 

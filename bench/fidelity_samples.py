@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.drawing import Case, Drawing, Studio, anywhere
 from bench.picture_metrics import foreground_psnr_db, gmsd, psnr_db, ssim
-from cli.stack import EMBEDDED_MODEL
+from launch.stack import EMBEDDED_MODEL
 from services.unet_worker.model import load_model
 from services.vae_worker.model import load_decoder
 from shared.guidance_skip import SKIP_LEVELS, SkipParameters

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import statistics
 import time
-from collections.abc import Iterator
 from typing import Annotated, Any, Final
 
 import aiohttp
@@ -23,31 +21,15 @@ from bench.overload import Load
 from bench.poison import POISONS
 from bench.report import percentile, write_report
 from bench.server import connect, private_server
-from cli.private_stack import private_stack
+from launch.private_stack import private_stack
 
-COMPUTE_TIMEOUT_S: Final = 5.0
+MAX_CALL_S: Final = 5.0
 REQUEST_TIMEOUT_S: Final = 15.0
 HUNG_FOR_S: Final = 120.0
 FILLER: Final = "bench:filler"
 FILLER_PIECE_BYTES: Final = 4 << 20
 OVERLOAD: Final = 5.0
 CLIENTS: Final = 24
-
-
-@contextlib.contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """Set `SYNERDIFF_*` variables for what is started meanwhile."""
-    names = {f"SYNERDIFF_{name}": value for name, value in variables.items()}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def service_pid(package: str) -> int:
@@ -65,7 +47,7 @@ def hung_thread_recoveries_s(pictures: int) -> dict[str, float | None]:
     The compute thread is stopped while pictures are made and stays stopped until they are there.
     """
     recoveries: dict[str, float | None] = {}
-    with environment(COMPUTE_TIMEOUT_S=str(COMPUTE_TIMEOUT_S)), private_stack() as url:
+    with private_stack(settings={"max_call_s": MAX_CALL_S}) as url:
         for package in ("unet_worker", "vae_worker"):
             asyncio.run(_make_pictures(url, pictures))
             try:
@@ -74,7 +56,7 @@ def hung_thread_recoveries_s(pictures: int) -> dict[str, float | None]:
                 print(f"{package}: {error}")
                 recoveries[package] = None
             else:
-                recoveries[package] = took_s - COMPUTE_TIMEOUT_S
+                recoveries[package] = took_s - MAX_CALL_S
                 print(f"{package} hung: all pictures {took_s:.1f} s later")
     return recoveries
 
@@ -181,7 +163,7 @@ def run(
     recoveries = hung_thread_recoveries_s(4 if quick else 24)
     outages = poison_outages()
     full_store_s = full_store_recovery_s(2.0 if quick else 30.0)
-    with environment(REQUEST_TIMEOUT_S=str(REQUEST_TIMEOUT_S)), private_stack() as url:
+    with private_stack(settings={"request_timeout_s": REQUEST_TIMEOUT_S}) as url:
         loaded = asyncio.run(
             overload(
                 url,
@@ -191,7 +173,7 @@ def run(
             )
         )
     report = {
-        "compute_timeout_s": COMPUTE_TIMEOUT_S,
+        "max_call_s": MAX_CALL_S,
         "hung_thread_recovery_s": recoveries,
         "poison": sorted(POISONS),
         "poison_outages": outages,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import os
 import random
 import subprocess
 import tempfile
@@ -23,9 +22,9 @@ from typing import Any, Final
 import aiohttp
 
 from bench.server import connect, private_server
-from cli.client import GatewayError, is_ready
-from cli.stack import WORKER_ENVIRONMENT, Stack, StackOptions, prepare_stack
-from cli.supervisor import Service
+from launch.client import GatewayError, is_ready
+from launch.stack import WORKER_ENVIRONMENT, Stack, StackOptions, prepare_stack
+from launch.supervisor import Service
 from services.scheduler.simulation.arrivals import Arrival, Mix, make_arrivals
 from shared import codec, keys
 from shared.messages import MeasureSlot, SlotMeasured, WorkerInfo
@@ -221,8 +220,9 @@ def real_stack(
     profile: what the schedulers plan by.
     """
     with private_server() as redis_url, tempfile.TemporaryDirectory(prefix="sd-bench-") as name:
-        os.environ["SYNERDIFF_PROFILES"] = str(profile.absolute())
-        running = RealStack(prepare_stack(StackOptions(port=0)), redis_url, Path(name))
+        running = RealStack(
+            prepare_stack(StackOptions(port=0, profiles=profile.absolute())), redis_url, Path(name)
+        )
         try:
             running.start(worker_environment)
             yield running

@@ -26,7 +26,7 @@ from bench.report import percentile, write_report
 from bench.skip_estimators import compare_estimators
 from bench.skip_replay import Replay, join, make_replay, replay
 from bench.trajectories import measure_gains, record
-from cli.stack import EMBEDDED_MODEL
+from launch.stack import EMBEDDED_MODEL
 from services.unet_worker.model import load_model
 from services.vae_worker.model import load_decoder
 from shared.guidance_skip import SKIP_LEVELS, SkipParameters

@@ -12,8 +12,8 @@ from typing import Any, Final, Literal
 
 import psutil
 
-from cli.embedded_redis import find_redis_binary
-from cli.machine import cpu_flags, has_fast_bfloat16, memory_bytes, shm_bytes
+from launch.embedded_redis import find_redis_binary
+from launch.machine import cpu_flags, has_fast_bfloat16, memory_bytes, shm_bytes
 from shared.errors import ConfigurationError
 from shared.host import has_mps
 from shared.settings import UnetWorkerSettings, available_threads

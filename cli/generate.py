@@ -14,7 +14,7 @@ import typer
 from shared.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from cli.client import Picture
+    from launch.client import Picture
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 _FORMATS: Final = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -63,7 +63,7 @@ def generate(
     body = {name: value for name, value in wishes.items() if value is not None}
     with ExitStack() as stack:
         if private:
-            from cli.private_stack import private_stack  # noqa: PLC0415 (--help must not wait)
+            from launch.private_stack import private_stack  # noqa: PLC0415 (--help must not wait)
 
             typer.echo("Starting a stack for this ...", err=True)
             url = stack.enter_context(private_stack())
@@ -100,12 +100,12 @@ def _request_all(
     url: str, body: Mapping[str, Any], seed: int | None, num_pictures: int
 ) -> list[Picture]:
     """One stream for each picture, so that each shows its progress; they share the batches."""
-    from cli.client import (  # noqa: PLC0415 (--help must not wait)
+    from cli.progress import picture_progress  # noqa: PLC0415
+    from launch.client import (  # noqa: PLC0415 (--help must not wait)
         GatewayUnreachableError,
         Progress,
         request_in_background,
     )
-    from cli.progress import picture_progress  # noqa: PLC0415
 
     bodies = [
         {**body, **({} if seed is None else {"seed": seed + index})}

@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from cli.service_log import LogLine
-from cli.supervisor import Death
+from launch.service_log import LogLine
+from launch.supervisor import Death
 
 
 class Narrator:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from rich import progress as bars
 from rich.console import Console
 
-from cli.client import Progress
+from launch.client import Progress
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any, Final, Self, cast
 from redis import RedisError
 from redis.asyncio import Redis
 
-from cli.stack import Stack
+from launch.stack import Stack
 from shared import codec, keys
 from shared.errors import ProtocolError
 from shared.messages import WorkerInfo

@@ -15,29 +15,28 @@ from redis import RedisError
 from redis.asyncio import Redis
 from rich.console import Console
 
-from cli.data_folder import DataFolder, default_data_folder
-from cli.disk import full_disk
-from cli.embedded_redis import (
+from cli.narrator import Narrator
+from cli.readiness import StartWatch
+from launch.data_folder import DataFolder, default_data_folder
+from launch.disk import full_disk
+from launch.embedded_redis import (
     choose_socket,
     find_redis_binary,
     socket_url,
     wait_for_redis,
     without_password,
 )
-from cli.machine import memory_bytes
-from cli.narrator import Narrator
-from cli.readiness import StartWatch
-from cli.redis_data import read_snapshot_format
-from cli.service_log import LogLine, explanation
-from cli.stack import (
+from launch.machine import memory_bytes
+from launch.redis_data import read_snapshot_format
+from launch.service_log import LogLine, explanation
+from launch.stack import (
     GRACE_S,
     Stack,
     StackOptions,
-    limit_image_budget,
     prepare_stack,
     redis_service,
 )
-from cli.supervisor import Death, Service, Supervisor
+from launch.supervisor import Death, Service, Supervisor
 from shared.errors import ConfigurationError
 from shared.host import SHM_DIRECTORY
 from shared.metrics_files import clear_after
@@ -63,8 +62,6 @@ def run_stack(
     folder = DataFolder(path=(data_dir or default_data_folder()).absolute())
     narrator = Narrator(Console(), is_verbose=verbose)
     redis_url = redis_url or os.environ.get("SYNERDIFF_REDIS_URL")
-    if not redis_url:
-        limit_image_budget(memory_bytes())
     stack = prepare_stack(options)
     with folder.locked(f"process {os.getpid()} ({stack.url})") as lock_descriptor:
         folder.create()

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cli.lazy_command import load_function
 from services.scheduler.policies import POLICY_NAMES, PolicyOptions, make_policy
 from services.scheduler.profile import Profile
 from services.scheduler.profile_file import parse_profile
@@ -26,6 +27,7 @@ from services.scheduler.threshold import ThresholdRule
 from shared.errors import ConfigurationError
 from shared.settings import SHIPPED_PROFILES
 
+PLOT = "bench.simulation_plot:plot_runs"
 ASSUMED = SHIPPED_PROFILES / "assumed" / "a100-sd15.json"
 
 THRESHOLD_RULES = {
@@ -169,8 +171,8 @@ def _write(path: Path, report: dict[str, Any], runs: list[Run]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
     try:
-        from bench.simulation_plot import plot_runs  # noqa: PLC0415  plots are an extra
-    except ModuleNotFoundError:
+        plot_runs = load_function(PLOT)
+    except ConfigurationError:  # matplotlib is an extra
         typer.echo("no plot: it needs pip install 'synerdiff[dev]'", err=True)
         return
     plot_runs(path.with_suffix(".png"), {run.name: run.log for run in runs})

@@ -16,7 +16,7 @@ from PIL import Image
 from running_up import STOP_TIMEOUT_S, Up, is_gone
 from tiny_model import make_tiny_model
 
-from cli.stack import COMPILED_KERNEL_BYTES, NUM_COMPILED_KERNELS
+from launch.stack import COMPILED_KERNEL_BYTES, NUM_COMPILED_KERNELS
 from shared import keys
 from shared.streams import connect
 

@@ -20,7 +20,7 @@ import openai
 import pytest
 from PIL import Image
 
-from cli.stack import reserve_port
+from launch.stack import reserve_port
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = "synerdiff-test"

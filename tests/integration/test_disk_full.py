@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from running_up import START_TIMEOUT_S, Up, wait_until
 
-from cli.client import GatewayError, is_ready, request_picture
+from launch.client import GatewayError, is_ready, request_picture
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cli.service_log import LogLine
-from cli.supervisor import Death, RestartPolicy, Service, Supervisor
+from launch.service_log import LogLine
+from launch.supervisor import Death, RestartPolicy, Service, Supervisor
 from shared.errors import EXIT_CONFIGURATION
 
 WAIT_S = 20.0
@@ -247,7 +247,7 @@ async def test_the_children_of_a_service_do_not_outlive_it(
 SUPERVISOR_SCRIPT = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from cli.supervisor import Service, Supervisor
+from launch.supervisor import Service, Supervisor
 
 class Deaf:
     def on_log_line(self, service, line): pass

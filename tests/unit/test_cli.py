@@ -16,13 +16,13 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.__main__ import app
-from cli.client import GatewayError, Progress, request_picture
-from cli.data_folder import DataFolder
-from cli.embedded_redis import choose_maxmemory_bytes, choose_socket, find_redis_binary
 from cli.generate import choose_paths
 from cli.lazy_command import add_lazy_command, load_function
 from cli.progress import describe
-from cli.stack import Stack, StackOptions, prepare_stack, reserve_port
+from launch.client import GatewayError, Progress, request_picture
+from launch.data_folder import DataFolder
+from launch.embedded_redis import choose_maxmemory_bytes, choose_socket, find_redis_binary
+from launch.stack import Stack, StackOptions, prepare_stack, reserve_port
 from shared.errors import ConfigurationError
 
 PNG = b"\x89PNG not really"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cli.stack import reserve_port
+from launch.stack import reserve_port
 from shared import healthcheck
 from shared.probe import READINESS, Readiness, serve_probe
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import quote
 
-from cli.redis_data import SnapshotFormat
+from launch.redis_data import SnapshotFormat
 from shared import keys
 from shared.errors import ConfigurationError
 

@@ -2,7 +2,7 @@
 
 No service outlives the supervisor, and none of its own children outlives a service: each runs in
 a process group of its own (so that Ctrl-C reaches the supervisor alone), the rest of the group is
-killed when the service is gone, and `cli/child.py` ties each service to the supervisor's life.
+killed when the service is gone, and `launch/child.py` ties each service to the supervisor's life.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
-from cli import child
-from cli.service_log import LogLine, ServiceLog
+from launch import child
+from launch.service_log import LogLine, ServiceLog
 from shared.errors import EXIT_CONFIGURATION
 
 _FOLLOW_EVERY_S: Final = 0.2

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cli.disk import full_disk
+from launch.disk import full_disk
 from shared.errors import ConfigurationError
 from shared.host import SHM_DIRECTORY
 
