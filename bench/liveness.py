@@ -18,10 +18,13 @@ import typer
 
 from bench.hung_thread import NotStoppedError, stopped_thread
 from bench.overload import Load
-from bench.poison import POISONS
+from bench.poison import Poison, Poisons
 from bench.report import percentile, write_report
 from bench.server import connect, private_server
 from launch.private_stack import private_stack
+from launch.stack import EMBEDDED_MODEL
+from shared import keys, streams
+from shared.messages import GenerateImage, ImageParameters
 
 MAX_CALL_S: Final = 5.0
 REQUEST_TIMEOUT_S: Final = 15.0
@@ -30,6 +33,7 @@ FILLER: Final = "bench:filler"
 FILLER_PIECE_BYTES: Final = 4 << 20
 OVERLOAD: Final = 5.0
 CLIENTS: Final = 24
+OUTAGE_S: Final = 30.0
 
 
 def service_pid(package: str) -> int:
@@ -79,24 +83,69 @@ async def _make_pictures(url: str, count: int, *, hung: str = "") -> float:
             return time.perf_counter() - began_at
 
 
-def poison_outages() -> list[str]:
-    """Return the kinds of poison after which the scheduler was another one, or made no picture."""
-    outages = []
+def poison_outages() -> tuple[int, list[str]]:
+    """Return how many kinds of poison were tried, and after which there was an outage.
+
+    That is where another scheduler had to be started, or no picture came.
+    """
+    outages = set()
     with private_server() as redis_url, private_stack("--redis-url", redis_url) as url:
-        redis = connect(redis_url)
+        poisons = Poisons(request=_spoiled_request(), worker=_unet_worker(redis_url)).every
         scheduler = service_pid("scheduler")
-        for name, poison in POISONS.items():
-            poison(redis)
+        for name, poison in poisons.items():
+            asyncio.run(_pour(redis_url, poison))
             try:
-                asyncio.run(asyncio.wait_for(_make_pictures(url, 1), 30))
+                asyncio.run(asyncio.wait_for(_make_pictures(url, 1), OUTAGE_S))
             except (aiohttp.ClientError, TimeoutError):
-                outages.append(name)
-            now = service_pid("scheduler")
-            if now != scheduler:
-                outages.append(name)
-                scheduler = now
+                outages.add(name)
+            with contextlib.suppress(LookupError):
+                if service_pid("scheduler") == scheduler:
+                    continue
+                scheduler = service_pid("scheduler")
+            outages.add(name)
+            print(f"outage: {name}")
+    return len(poisons), sorted(outages)
+
+
+async def _pour(redis_url: str, poison: Poison) -> None:
+    async with streams.connect(redis_url) as redis:
+        await poison(redis)
+
+
+def _spoiled_request() -> GenerateImage:
+    """Return a request that the stack could serve."""
+    return GenerateImage(
+        request_id="img_spoiled",
+        job_id="job_spoiled",
+        owner="",
+        priority=0,
+        deadline_ms=0,
+        submitted_at=0.0,
+        parameters=ImageParameters(
+            prompt="a red apple",
+            negative_prompt="",
+            seed=1,
+            height=128,
+            width=128,
+            num_inference_steps=4,
+            guidance_scale=5.0,
+            sampler="ddim",
+            guidance_skip="off",
+            output_format="png",
+            output_compression=100,
+            model=EMBEDDED_MODEL.name,
+        ),
+    )
+
+
+def _unet_worker(redis_url: str) -> str:
+    """Return the incarnation of the stack's UNet worker."""
+    redis = connect(redis_url)
+    try:
+        names: list[str] = [name.decode() for name in redis.smembers(keys.WORKERS)]
+        return next(name for name in names if name.startswith("unet"))
+    finally:
         redis.close()
-    return sorted(set(outages))
 
 
 def full_store_recovery_s(held_full_s: float) -> float:
@@ -161,7 +210,7 @@ def run(
     `healthz_p99_ms` (under that load).
     """
     recoveries = hung_thread_recoveries_s(4 if quick else 24)
-    outages = poison_outages()
+    num_poisons, outages = poison_outages()
     full_store_s = full_store_recovery_s(2.0 if quick else 30.0)
     with private_stack(settings={"request_timeout_s": REQUEST_TIMEOUT_S}) as url:
         loaded = asyncio.run(
@@ -175,7 +224,7 @@ def run(
     report = {
         "max_call_s": MAX_CALL_S,
         "hung_thread_recovery_s": recoveries,
-        "poison": sorted(POISONS),
+        "poison_kinds": num_poisons,
         "poison_outages": outages,
         "full_store_recovery_s": full_store_s,
         **loaded,
@@ -184,7 +233,7 @@ def run(
     tried = [seconds for seconds in recoveries.values() if seconds is not None]
     return {
         "hung_thread_recovery_s": round(max(tried), 2) if tried else None,
-        "poison_kinds": len(POISONS),
+        "poison_kinds": num_poisons,
         "poison_outages": len(outages),
         "full_store_recovery_s": round(full_store_s, 2),
         "overload_goodput": round(loaded["overload_goodput"], 3),

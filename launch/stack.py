@@ -118,7 +118,7 @@ class Stack:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def services(self, redis_url: str, metrics_folder: Path) -> list[Service]:
-        """Return the gateway, the scheduler and the workers, in the order in which to start them."""
+        """Return gateway, scheduler and workers, in the order in which to start them."""
         settings = {
             "redis_url": redis_url,
             "metrics_port": 0,  # the gateway shows everybody's

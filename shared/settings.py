@@ -322,7 +322,8 @@ def allowed_values(schema: Mapping[str, Any]) -> str:
 def available_threads() -> int:
     """Return how many CPU threads this process may use, at least 1.
 
-    That is its affinity, cut to the cgroup's quota. torch ignores the quota; a worker with more threads than quota is throttled in bursts.
+    It is its affinity, cut to the cgroup's quota. torch ignores the quota; a worker with more
+    threads than quota is throttled in bursts.
     """
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, min(cores, cgroup_quota(cores)))
