@@ -27,7 +27,8 @@ from launch.stack import WORKER_ENVIRONMENT, Stack, StackOptions, prepare_stack
 from launch.supervisor import Service
 from services.scheduler.simulation.arrivals import Arrival, Mix, make_arrivals
 from shared import codec, keys
-from shared.messages import MeasureSlot, SlotMeasured, WorkerInfo
+from shared.messages import MeasureSlot, SlotMeasured
+from shared.registrations import readable_workers
 
 START_TIMEOUT_S: Final = 600.0
 SLOT_WINDOW_MS: Final = 1_000.0
@@ -119,14 +120,13 @@ class RealStack:
         raise GatewayError(f"no slot was measured:\n{self._log([])}")
 
     def _unet_worker(self) -> str:
-        """The incarnation of one that is ready."""
+        """Return the incarnation of a UNet worker that is ready, once there is one."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
-            for name in self._redis.smembers(keys.WORKERS):
-                payload = self._redis.get(keys.worker(name.decode()))
-                info = codec.decode_value(payload, WorkerInfo) if payload else None
-                if info and info.kind == "unet":
-                    return info.incarnation
+            names = [keys.worker(name.decode()) for name in self._redis.smembers(keys.WORKERS)]
+            for worker in readable_workers(self._redis.mget(names) if names else []):
+                if worker.kind == "unet":
+                    return worker.incarnation
             time.sleep(0.1)
         raise GatewayError(f"no UNet worker came up:\n{self._log([])}")
 

@@ -15,6 +15,7 @@ from launch.stack import Stack
 from shared import codec, keys
 from shared.errors import ProtocolError
 from shared.messages import WorkerInfo
+from shared.registrations import readable_workers
 
 _POLL_S: Final = 0.2
 _HTTP_TIMEOUT_S: Final = 5.0
@@ -101,9 +102,9 @@ class StartWatch:
     async def _read_workers(self) -> list[WorkerInfo]:
         new = sorted(await _incarnations(self._redis) - self._old)
         payloads = await self._redis.mget([keys.worker(name) for name in new]) if new else []
-        return [codec.decode_value(cast("bytes", p), WorkerInfo) for p in payloads if p]
+        return readable_workers(payloads)
 
 
 async def _incarnations(redis: Redis) -> frozenset[str]:
     names = await cast("Any", redis.smembers(keys.WORKERS))
-    return frozenset(name.decode() for name in names)
+    return frozenset(name.decode(errors="replace") for name in names)

@@ -277,14 +277,26 @@ class Supervisor:
                 delay_s = self._policy.max_delay_s
 
     async def _follow(self, kept: _Kept, process: Process) -> int:
-        """Hand on the service's log until it ends; its exit code."""
+        """Hand on the service's log until it ends, and return its exit code.
+
+        The system does not tell of a process's end while a tracer holds one of its threads. Such a
+        process is over when it was seen to have exited twice; it is reaped once the tracer lets go.
+        """
         waiter = asyncio.ensure_future(process.wait())
-        is_over = False
-        while not is_over:
-            is_over = bool((await asyncio.wait({waiter}, timeout=_FOLLOW_EVERY_S))[0])
-            for line in kept.log.read_new_lines(is_final=is_over):
+        had_exited = False
+        exit_code: int | None = None
+        while exit_code is None:
+            await asyncio.wait({waiter}, timeout=_FOLLOW_EVERY_S)
+            unreaped = None if waiter.done() else _unreaped_exit_code(process.pid)
+            if waiter.done():
+                exit_code = waiter.result()
+            elif had_exited:
+                exit_code = unreaped
+            had_exited = unreaped is not None
+            for line in kept.log.read_new_lines(is_final=exit_code is not None):
                 self._observer.on_log_line(kept.service.name, line)
-        return waiter.result()
+        waiter.cancel()
+        return exit_code
 
     async def _spawn(self, kept: _Kept) -> Process:
         """Start the service's process; in the main thread, whose end is the supervisor's."""
@@ -314,3 +326,12 @@ class Supervisor:
         if not done:
             kept.signal_group(signal.SIGKILL)
         await kept.keeper
+
+
+def _unreaped_exit_code(pid: int) -> int | None:
+    """Return the exit code of a child that has exited and was not reaped yet, None for others."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return os.waitstatus_to_exitcode(int(fields[-1])) if fields[0] == "Z" else None

@@ -262,11 +262,6 @@ class Records:
         states = [state if isinstance(state, bytes) else None for state in found]
         return [state.decode(errors="replace") if state else None for state in states]
 
-    async def read_job(self, job_id: str) -> JobRecord | None:
-        """A job's record, None if there is none."""
-        payload = await cast("Any", self.redis.hget(keys.job(job_id), "job"))
-        return codec.decode_value(payload, JobRecord) if payload else None
-
     async def read_image(self, record: RequestRecord) -> bytes | None:
         """The stored image of a finished request, None once it has expired or was evicted."""
         image = await self.redis.get(record.image_key) if record.image_key else None

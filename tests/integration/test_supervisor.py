@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bench.hung_thread import NotStoppedError, stopped_thread
 from launch.service_log import LogLine
 from launch.supervisor import Death, RestartPolicy, Service, Supervisor
 from shared.errors import EXIT_CONFIGURATION
@@ -242,6 +243,31 @@ async def test_the_children_of_a_service_do_not_outlive_it(
     await wait_until(lambda: witness.deaths)
     await wait_until(lambda: is_gone(grandchild))
     await supervisor.stop(grace_s=5)
+
+
+async def test_a_service_that_has_exited_is_started_again_while_a_tracer_holds_its_thread(
+    supervisor: Supervisor, witness: Witness
+) -> None:
+    source = (
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        "print('here', flush=True)\n"
+        "time.sleep(60)"
+    )
+    await supervisor.start(script("unet-0", source))
+    await wait_until(lambda: witness.lines)
+    pid = supervisor.pids()["unet-0"]
+    try:
+        with stopped_thread(pid):
+            os.kill(pid, signal.SIGKILL)
+            await wait_until(lambda: len(witness.lines) == 2)
+            assert is_gone(pid)
+    except NotStoppedError as error:
+        pytest.skip(f"needs ptrace: {error}")
+    finally:
+        await supervisor.stop(grace_s=5)
+    assert [death.cause for death in witness.deaths] == ["killed by SIGKILL"]
+    assert witness.ended[0] == pid
 
 
 SUPERVISOR_SCRIPT = """

@@ -210,14 +210,6 @@ def test_an_address_that_is_none_is_named(url: str) -> None:
         request_picture(url, {"prompt": "apple"}, lambda _: None)
 
 
-@pytest.fixture
-def own_environment() -> Iterator[None]:
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
 def test_a_port_in_use_is_told_before_anything_starts(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -229,16 +221,25 @@ def test_a_port_in_use_is_told_before_anything_starts(tmp_path: Path) -> None:
     assert answer.stdout == ""
 
 
-@pytest.mark.usefixtures("own_environment")
 def test_a_missing_model_is_told_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="--model"):
         prepare_stack(StackOptions(port=0, model=tmp_path))
 
 
-@pytest.mark.usefixtures("own_environment")
 def test_a_bad_setting_is_named_with_what_it_should_be() -> None:
     with pytest.raises(ConfigurationError, match=r"SYNERDIFF_DTYPE='float7'.*bfloat16"):
         prepare_stack(StackOptions(port=0, dtype="float7"))
+
+
+def test_options_win_over_the_environment_which_they_leave_as_it_is(tmp_path: Path) -> None:
+    environment = {"SYNERDIFF_POLICY": "static", "SYNERDIFF_LOG_LEVEL": "error"}
+    before = dict(environment), dict(os.environ)
+    stack = prepare_stack(StackOptions(port=0, policy="dynamic"), environment)
+    assert before == (environment, dict(os.environ))
+    for service in stack.services("redis://there", tmp_path):
+        assert service.environment["SYNERDIFF_POLICY"] == "dynamic"
+        assert service.environment["SYNERDIFF_LOG_LEVEL"] == "error"
+        assert service.environment["SYNERDIFF_REDIS_URL"] == "redis://there"
 
 
 def test_a_data_folder_has_one_stack_at_a_time(tmp_path: Path) -> None:
