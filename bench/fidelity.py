@@ -40,26 +40,24 @@ CASES_AT_ONCE = 10  # three drawings of each share a forward
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """Requests of one kind.
-
-    num_prompts: each with `num_seeds` seeds. baseline_every: so many cases have one that is drawn
-    by the baselines, too; 0 for none.
-    """
+    """Requests of one kind."""
 
     num_prompts: int = 16
+    """Each with `num_seeds` seeds."""
     num_seeds: int = 1
     sampler: str = "ddim"
     num_inference_steps: int = 25
     guidance_scale: float = 5.0
     baseline_every: int = 0
+    """So many cases have one that is drawn by the baselines, too; 0 for none."""
 
     @property
     def name(self) -> str:
-        """Of its file of samples."""
+        """Return the name of the cell's file of samples."""
         return f"{self.sampler}-{self.num_inference_steps}-steps-guidance-{self.guidance_scale:g}"
 
     def cases(self, references: References, *, half: int, seed: int) -> list[Case]:
-        """Its requests, on the references of that half; as many seeds after one another."""
+        """Return its requests, on the references of that half; as many seeds after one another."""
         return [
             Case(
                 caption=caption,
@@ -89,7 +87,7 @@ QUICK = Cell(num_prompts=14, baseline_every=1)
 
 
 def choose_prompts(references: References, count: int, *, half: int) -> list[tuple[int, str]]:
-    """(picture, caption) of one half: its names, evenly spread, then first synonyms, and so on."""
+    """Return (picture, caption) of one half: its names, evenly spread, then first synonyms."""
     pictures = range(half, len(references.captions), 2)
     prompts = [
         (picture, references.captions[picture][turn])
@@ -106,7 +104,7 @@ def run(
     quick: Annotated[bool, typer.Option(help="Less certain, under 50 s.")] = False,
     cell: Annotated[int | None, typer.Option(help="Measure one cell again.")] = None,
 ) -> Mapping[str, Any]:
-    """What skipped guidance saves, and how far the pictures are from those of full guidance.
+    """Return what skipped guidance saves, and how far its pictures are from full guidance's.
 
     Returns, for `balanced` and `fast`: `rows_saved`, of all rows of the fully guided run;
     `psnr_mean_db`, `psnr_p5_db`, `foreground_psnr_mean_db`, `ssim_mean`; `retrieval_delta`, the
@@ -137,7 +135,7 @@ def run(
 
 
 def summarise(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
-    """The figures of each way to draw, over all samples that have it.
+    """Return the figures of each way to draw, over all samples that have it.
 
     below_level_db: how much nearer to full guidance a baseline's level is, on the same requests.
     """
@@ -184,7 +182,7 @@ def _last_line(summary: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str
 
 
 def _measure(pool: ProcessPoolExecutor, cell: Cell, cases: Sequence[Case]) -> Any:
-    """Samples as they are done."""
+    """Yield samples as they are done."""
     groups = [cases[first : first + CASES_AT_ONCE] for first in range(0, len(cases), CASES_AT_ONCE)]
     every = cell.baseline_every
     tasks = [pool.submit(measure_cases, one, one[::every] if every else ()) for one in groups]
@@ -219,7 +217,7 @@ def _path(cell: Cell) -> Path:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[Sample]]:
-    """A cell's header and samples; a line that was cut short is left out."""
+    """Return a cell's header and samples; a line that was cut short is left out."""
     if not path.exists():
         return {}, []
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

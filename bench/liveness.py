@@ -201,7 +201,7 @@ def run(
     seed: int = 0,
     quick: Annotated[bool, typer.Option(help="Less certain, under 50 s.")] = False,
 ) -> dict[str, float | int | None]:
-    """Hang, poison, fill and overload a stack, and see it recover.
+    """Return how a stack recovers from hanging, poison, a full store and overload.
 
     Returns: `hung_thread_recovery_s` (the slower of the two workers: from the bound of a call to
     the last picture; null where threads can't be stopped), `poison_kinds`, `poison_outages`,

@@ -39,27 +39,28 @@ PROMPTS: Final = ("red apple", "cat face", "rocket", "sunflower", "pizza")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """One request of a trace. Seconds after the trace's start; num_skipped: of its steps."""
+    """One request of a trace; seconds after the trace's start."""
 
     submitted_s: float
     finished_s: float
     num_steps: int
     is_guided: bool
     num_skipped: int
+    """Of its steps."""
 
     @property
     def latency_s(self) -> float:
-        """From the request to its answer, as the client sees it."""
+        """Return the time from the request to its answer, as the client sees it."""
         return self.finished_s - self.submitted_s
 
     @property
     def num_rows(self) -> int:
-        """UNet rows that its steps took."""
+        """Return the UNet rows that its steps took."""
         return self.num_steps * (2 if self.is_guided else 1) - self.num_skipped
 
 
 def throughput_per_s(served: Sequence[Served]) -> float:
-    """Pictures a second from the first request to the last answer."""
+    """Return the pictures a second from the first request to the last answer."""
     first = min(one.submitted_s for one in served)
     return len(served) / (max(one.finished_s for one in served) - first)
 
@@ -91,7 +92,7 @@ class RealStack:
             self._launch(service, environment)
 
     def slot_ms(self, *, size: str, rows: int, threads: int) -> float:
-        """Median of slots alone, of dummy rows, in the UNet worker. The scheduler is ended.
+        """Return the median of slots of dummy rows in the UNet worker. The scheduler is ended.
 
         Raises:
             GatewayError: The worker did not answer.
@@ -159,7 +160,7 @@ class RealStack:
         )
 
     def play(self, arrivals: Sequence[Arrival]) -> list[Served]:
-        """Send every request at its time over HTTP and wait for all of them."""
+        """Send every request at its time over HTTP, and return what all of them came to."""
         served = self.play_within(arrivals, limit_s=math.inf, max_late=len(arrivals))
         assert served is not None
         return served
@@ -167,7 +168,7 @@ class RealStack:
     def play_within(
         self, arrivals: Sequence[Arrival], *, limit_s: float, max_late: int
     ) -> list[Served] | None:
-        """The same, given up as soon as more than `max_late` requests have taken `limit_s`."""
+        """Play, but return None as soon as more than `max_late` requests have taken `limit_s`."""
         return asyncio.run(_play(self._stack.url, arrivals, limit_s, max_late))
 
     def stop(self) -> None:
@@ -177,7 +178,7 @@ class RealStack:
         self._redis.close()
 
     def _is_serving(self) -> bool:
-        """Whether a scheduler newer than the last one sees both workers."""
+        """Return whether a scheduler newer than the last one sees both workers."""
         payload = self._redis.get(keys.STATUS)
         status = codec.decode_value(payload, dict[str, Any]) if payload else {}
         if not (status.get("unet_workers") and status.get("vae_workers")):
@@ -215,7 +216,7 @@ class RealStack:
 def real_stack(
     *, profile: Path, worker_environment: Mapping[str, str] = WORKER_ENVIRONMENT
 ) -> Iterator[RealStack]:
-    """Workers of the embedded model and a gateway, without a scheduler until `serve_by`.
+    """Run workers of the embedded model and a gateway; the scheduler comes with `serve_by`.
 
     profile: what the schedulers plan by.
     """

@@ -21,7 +21,7 @@ PATIENCE_S: Final = 60.0
 
 @contextmanager
 def private_server() -> Iterator[str]:
-    """The URL of a server of our own, set up as the service sets up its own, empty at first."""
+    """Yield the URL of an empty server, set up as the service sets up its own."""
     with tempfile.TemporaryDirectory(prefix="sd-bench-") as folder:
         socket = Path(folder) / "redis.sock"
         command = [
@@ -41,7 +41,7 @@ def private_server() -> Iterator[str]:
 
 
 def connect(url: str) -> Any:
-    """A blocking client; its blocking reads may wait up to `PATIENCE_S`."""
+    """Return a blocking client; its blocking reads may wait up to `PATIENCE_S`."""
     return Redis.from_url(url, protocol=2, socket_timeout=2 * PATIENCE_S)
 
 

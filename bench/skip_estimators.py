@@ -22,7 +22,7 @@ _Estimate = Callable[[Terms], Tensor]
 
 
 def compare_estimators(trajectories: Trajectories) -> dict[str, float]:
-    """Root mean square error of each candidate over that of the last direction, at skipped steps.
+    """Return each candidate's RMS error over that of the last direction, at skipped steps.
 
     All are judged by the second half of the requests, since the fitted ones have seen the first.
     """
@@ -54,7 +54,7 @@ def _linear(share: float) -> _Estimate:
 
 
 def _all_terms(trajectories: Trajectories) -> list[tuple[Terms, Tensor]]:
-    """For each skipped step what an estimate can be made of, and the actual direction.
+    """Return what each skipped step's estimate can be made of, and the actual direction.
 
     The last direction, its linear and quadratic increments, the text prediction's change since, and
     that prediction's linear increment.
@@ -87,7 +87,7 @@ def _error(estimate: Tensor, actual: Tensor, half: int) -> float:
 
 
 def _fit(terms: Sequence[tuple[Terms, Tensor]], count: int, half: int) -> Tensor:
-    """Least-squares weights of the first `count` terms over the first half of the requests."""
+    """Return least-squares weights of the first `count` terms over half of the requests."""
     columns = torch.cat(
         [torch.stack([one[:half].flatten() for one in known[:count]], dim=1) for known, _ in terms]
     )

@@ -38,7 +38,7 @@ PROMPTS = (
 def measure_skip_levels(
     folder: Path, *, device: str, dtype: DtypeName, threads: int
 ) -> dict[str, SkipLevel]:
-    """The pictures of `PROMPTS` at every level against those of full guidance.
+    """Compare the pictures of `PROMPTS` at every level with those of full guidance.
 
     25 DDIM steps at guidance 5.
     """

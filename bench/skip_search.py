@@ -102,7 +102,7 @@ def run(  # noqa: PLR0917 - options of a command
 
 
 def _best(results: dict[str, dict[str, float]], target: str) -> str:
-    """The candidate with the best pictures among those that save enough, else that saves most."""
+    """Return the best candidate of those that save enough, else the one that saves most."""
     own = [name for name in results if name.startswith(target)]
     enough = [name for name in own if results[name]["rows_saved"] >= TARGETS[target] - 0.005]
     if not enough:
@@ -111,7 +111,7 @@ def _best(results: dict[str, dict[str, float]], target: str) -> str:
 
 
 def _search(recorded: Replay, rng: random.Random, num_candidates: int) -> dict[str, Found]:
-    """(foretold decibels, parameters) for each target, best first: chance, then small changes."""
+    """Return (foretold decibels, parameters) by target, best first: chance, then small changes."""
     tried = [_foretell(recorded, _random_parameters(rng)) for _ in range(num_candidates // 2)]
     for target in TARGETS.values():
         for _ in range(num_candidates // 4):
@@ -130,7 +130,7 @@ def _reaching(
 
 
 def _foretell(recorded: Replay, parameters: SkipParameters) -> tuple[float, float, SkipParameters]:
-    """Rows saved, and decibels of the latents: the mean and the low end count alike."""
+    """Return the rows saved, and the latents' decibels: mean and low end count alike."""
     outcome = replay(recorded, parameters)
     decibels = -20 * np.log10(np.maximum(outcome.errors, 1e-6))
     score = (float(decibels.mean()) + float(np.quantile(decibels, 0.05))) / 2
@@ -182,7 +182,7 @@ def _record(cases: Sequence[Case]) -> tuple[Replay, dict[str, float]]:
 def _draw(
     cases: Sequence[Case], levels: dict[str, SkipParameters]
 ) -> dict[str, list[tuple[float, float]]]:
-    """(rows saved, PSNR) of each case, by level."""
+    """Return (rows saved, PSNR) of each case, by level."""
     torch.set_num_threads(1)
     model = load_model(EMBEDDED_MODEL, dtype="float32")
     decoder = load_decoder(EMBEDDED_MODEL, dtype="float32")

@@ -23,24 +23,23 @@ from shared.guidance_skip import SkipParameters
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trajectories:
-    """Fully guided requests of one sampler, number of steps and scale.
-
-    uncond, text: (steps, cases, C, h, w), the UNet's two predictions. latents: (cases, C, h, w),
-    the final ones.
-    """
+    """Fully guided requests of one sampler, number of steps and scale."""
 
     cases: tuple[Case, ...]
     uncond: Tensor
+    """(steps, cases, C, h, w): the UNet's prediction without the prompt."""
     text: Tensor
+    """The same with the prompt."""
     latents: Tensor
+    """(cases, C, h, w): the final ones."""
 
     @property
     def num_steps(self) -> int:
-        """UNet forwards of each request."""
+        """Return the UNet forwards of each request."""
         return self.text.shape[0]
 
     def first(self, count: int) -> Trajectories:
-        """Those of the first cases."""
+        """Return those of the first cases."""
         return Trajectories(
             cases=self.cases[:count],
             uncond=self.uncond[:, :count],
@@ -50,7 +49,7 @@ class Trajectories:
 
     @property
     def directions(self) -> Tensor:
-        """The guidance of every step, (steps, cases, C, h, w)."""
+        """Return the guidance of every step, (steps, cases, C, h, w)."""
         return self.text - self.uncond
 
 
@@ -63,7 +62,7 @@ class _Recorder(nn.Module):
         self.said: list[Tensor] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The UNet's own output."""
+        """Return the UNet's own output, noted down."""
         output = self._unet(*args, **kwargs)
         self.said.append(output[0].detach().float().cpu().contiguous())
         return output
@@ -72,7 +71,7 @@ class _Recorder(nn.Module):
 def record(
     model: DiffusionModel, decoder: Decoder, folder: Path, cases: Sequence[Case]
 ) -> Trajectories:
-    """Run the cases in full, all in one batch; they share their sampler and number of steps."""
+    """Run the cases in full, in one batch; they share their sampler and number of steps."""
     recorder = _Recorder(model.unet)
     studio = Studio(replace(model, unet=recorder), decoder, folder, {"off": None})
     finished = studio.denoise([Drawing(case=case) for case in cases])
@@ -94,7 +93,7 @@ def measure_gains(
     level: SkipParameters,
     steps: Sequence[int],
 ) -> dict[int, float]:
-    """What a step's error becomes: |final latents - full| / |guidance's error|, by skipped step.
+    """Return by skipped step |final latents - full| / |guidance's error|.
 
     level: skips anywhere, and reuses the last direction. Root mean square over the cases.
     """

@@ -80,7 +80,7 @@ def _print(diagnosis: Diagnosis) -> None:
 
 
 def _find_pairs(redis_url: str | None) -> tuple[Pair, ...]:
-    """Those of the service asked for, or of the one that `synerdiff up` runs, if it does."""
+    """Return the pairs of the service asked for, or of the one that `synerdiff up` runs."""
     from cli.pairs import pair_up, read_workers  # noqa: PLC0415
     from launch.data_folder import default_data_folder  # noqa: PLC0415
     from launch.embedded_redis import running_url  # noqa: PLC0415

@@ -81,7 +81,7 @@ def generate(
 def choose_paths(
     output: Path | None, prompt: str, num_pictures: int, image_format: str
 ) -> list[Path]:
-    """Where the pictures go: `output`, or a name made of the prompt; numbered if several.
+    """Return where the pictures go: `output`, or a name made of the prompt; numbered if several.
 
     Raises:
         ConfigurationError: The output's folder is not there.
@@ -99,7 +99,7 @@ def choose_paths(
 def _request_all(
     url: str, body: Mapping[str, Any], seed: int | None, num_pictures: int
 ) -> list[Picture]:
-    """One stream for each picture, so that each shows its progress; they share the batches."""
+    """Return the pictures, each from a stream that shows its progress; they share the batches."""
     from cli.progress import picture_progress  # noqa: PLC0415
     from launch.client import (  # noqa: PLC0415 (--help must not wait)
         GatewayUnreachableError,

@@ -13,7 +13,7 @@ from shared.errors import ConfigurationError
 
 
 def load_function(target: str, *, missing: str = "") -> Callable[..., Any]:
-    """The function that "module:function" names.
+    """Return the function that "module:function" names.
 
     missing: what to say when a package it needs is not installed.
 

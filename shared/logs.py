@@ -90,5 +90,5 @@ def quiet_libraries() -> None:
 
 
 def get_logger() -> structlog.stdlib.BoundLogger:
-    """The logger; pass facts as keyword arguments, not inside the sentence."""
+    """Return the logger; pass facts as keyword arguments, not inside the sentence."""
     return cast("structlog.stdlib.BoundLogger", structlog.get_logger())

@@ -16,7 +16,7 @@ from shared.settings import GatewaySettings
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """Every model, with what may be asked of it."""
+    """Return every model, with what may be asked of it."""
     gateway = request.app[GATEWAY]
     models = sorted(gateway.fleet.models.items())
     cards = [describe_model(model, gateway.settings) for _, model in models]
@@ -24,7 +24,7 @@ async def list_models(request: web.Request) -> web.Response:
 
 
 async def show_model(request: web.Request) -> web.Response:
-    """One model."""
+    """Return one model."""
     gateway = request.app[GATEWAY]
     model = choose_model(request.match_info["model_id"], gateway.fleet)
     return web.json_response(text=describe_model(model, gateway.settings).model_dump_json())
@@ -84,7 +84,7 @@ def check_store(fleet: Fleet, now: float) -> None:
 
 
 def describe_model(model: SeenModel, settings: GatewaySettings) -> replies.ModelCard:
-    """A model and its limits, for clients."""
+    """Return a model and its limits, for clients."""
     limits = limits_of(model.info, settings)
     size = f"{limits.default_width}x{limits.default_height}"
     return replies.ModelCard(

@@ -119,7 +119,7 @@ class GatewayService:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens on an address or on `localhost`."""
+    """Return whether only this machine reaches what listens on an address or on `localhost`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
