@@ -51,12 +51,12 @@ def slowed_down(profile: Profile, slowdowns: Mapping[int, float]) -> Profile:
     return replace(
         profile,
         slots=tuple(
-            replace(one, step_ms=scaled(one.step_ms), chunks_ms=scaled(one.chunks_ms))
-            for one in profile.slots
+            replace(slot, step_ms=scaled(slot.step_ms), chunks_ms=scaled(slot.chunks_ms))
+            for slot in profile.slots
         ),
         decodes=tuple(
-            replace(one, chunk_ms=tuple(factors[-1] * ms for ms in one.chunk_ms))
-            for one in profile.decodes
+            replace(decode, chunk_ms=tuple(factors[-1] * ms for ms in decode.chunk_ms))
+            for decode in profile.decodes
         ),
         encode_ms=factors[0] * profile.encode_ms,
     )

@@ -101,14 +101,14 @@ class Studio:
             self._denoiser.admit(str(number), _ATTEMPT, self._parameters(drawing))
         finished: dict[str, FinishedLatents] = {}
         while held := self._denoiser.held():
-            for one in held:
-                if drawings[int(one.request_id)].unguided_from == one.step_index:
-                    self._drop_guidance(one)
-            rows = [self._row(one, drawings[int(one.request_id)]) for one in held]
+            for request in held:
+                if drawings[int(request.request_id)].unguided_from == request.step_index:
+                    self._drop_guidance(request)
+            rows = [self._row(request, drawings[int(request.request_id)]) for request in held]
             result = self._denoiser.run(rows)
             if result.failures:
                 raise RuntimeError(result.failures[0].reason)
-            finished |= {one.request_id: one for one in result.finished}
+            finished |= {latents.request_id: latents for latents in result.finished}
         return [finished[str(number)] for number in range(len(drawings))]
 
     def _row(self, held: HeldRequest, drawing: Drawing) -> SlotRow:

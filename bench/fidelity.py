@@ -123,10 +123,10 @@ def run(
             summary = summarise(samples)
             write_report("fidelity_quick", {"cell": asdict(QUICK), "summary": summary})
             return _last_line(summary)
-        for number, one in enumerate(CELLS):
-            _complete(pool, one, references, seed=seed, is_new=number == cell)
-    cells = [(one, _read(_path(one))[1]) for one in CELLS]
-    summaries = [{**asdict(one), "summary": summarise(samples)} for one, samples in cells]
+        for number, entry in enumerate(CELLS):
+            _complete(pool, entry, references, seed=seed, is_new=number == cell)
+    cells = [(entry, _read(_path(entry))[1]) for entry in CELLS]
+    summaries = [{**asdict(entry), "summary": summarise(samples)} for entry, samples in cells]
     write_report("fidelity", {"cells": summaries})
     save_sheet(CELLS[0].cases(references, half=1, seed=seed), SHEET)
     for line in summaries:
@@ -148,21 +148,22 @@ def summarise(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
             "retrieval": statistics.fmean(m["is_hit"] for m in found),
         }
         if arm != "full":
-            psnr = [one["psnr_db"] for one in found]
+            psnr = [sample["psnr_db"] for sample in found]
             figures |= {
-                "rows_saved": statistics.fmean(one["rows_saved"] for one in found),
+                "rows_saved": statistics.fmean(sample["rows_saved"] for sample in found),
                 "psnr_mean_db": statistics.fmean(psnr),
                 "psnr_p5_db": percentile(psnr, 0.05),
                 "foreground_psnr_mean_db": statistics.fmean(m["foreground_db"] for m in found),
-                "ssim_mean": statistics.fmean(one["ssim"] for one in found),
-                "gmsd_mean": statistics.fmean(one["gmsd"] for one in found),
+                "ssim_mean": statistics.fmean(sample["ssim"] for sample in found),
+                "gmsd_mean": statistics.fmean(sample["gmsd"] for sample in found),
                 "retrieval_delta": figures["retrieval"] - statistics.fmean(full),
             }
         level = arm.partition("_")[0]
         if level != arm:
             levels = [sample["arms"][level] for sample in samples if arm in sample["arms"]]
             figures["below_level_db"] = statistics.fmean(
-                one["psnr_db"] - other["psnr_db"] for one, other in zip(levels, found, strict=True)
+                same_level["psnr_db"] - other["psnr_db"]
+                for same_level, other in zip(levels, found, strict=True)
             )
         summary[arm] = {name: round(value, 4) for name, value in figures.items()}
     return summary
@@ -185,7 +186,7 @@ def _measure(pool: ProcessPoolExecutor, cell: Cell, cases: Sequence[Case]) -> An
     """Yield samples as they are done."""
     groups = [cases[first : first + CASES_AT_ONCE] for first in range(0, len(cases), CASES_AT_ONCE)]
     every = cell.baseline_every
-    tasks = [pool.submit(measure_cases, one, one[::every] if every else ()) for one in groups]
+    tasks = [pool.submit(measure_cases, group, group[::every] if every else ()) for group in groups]
     for done, task in enumerate(as_completed(tasks), start=1):
         yield from task.result()
         print(f"{cell.name}: {done} of {len(tasks)} batches", flush=True)
@@ -203,7 +204,7 @@ def _complete(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(header) + "\n")
         samples = []
-    done = {(one["case"]["caption"], one["case"]["seed"]) for one in samples}
+    done = {(sample["case"]["caption"], sample["case"]["seed"]) for sample in samples}
     missing = [case for case in cases if (case.caption, case.seed) not in done]
     commit = machine()["commit"]
     with path.open("a") as file:

@@ -138,7 +138,7 @@ def _measure(
             steps = skipped[arm]
             measures |= {
                 "skipped": [steps[case] for case in cases],
-                "rows_saved": [len(steps[one]) / (2 * one.num_inference_steps) for one in cases],
+                "rows_saved": [len(steps[case]) / (2 * case.num_inference_steps) for case in cases],
                 "psnr_db": _rounded(psnr_db(drawn, full)),
                 "foreground_db": _rounded(foreground_psnr_db(drawn, full)),
                 "ssim": _rounded(ssim(drawn, full)),
@@ -161,4 +161,7 @@ def _hits(cases: Sequence[Case], pictures: Tensor) -> list[bool]:
     small = torch.nn.functional.avg_pool2d(pictures, blocks)
     groups = _process.groups
     nearest = _process.references.nearest(small)
-    return [groups[case.picture] == groups[one] for case, one in zip(cases, nearest, strict=True)]
+    return [
+        groups[case.picture] == groups[reference]
+        for case, reference in zip(cases, nearest, strict=True)
+    ]

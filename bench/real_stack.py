@@ -61,8 +61,8 @@ class Served:
 
 def throughput_per_s(served: Sequence[Served]) -> float:
     """Return the pictures a second from the first request to the last answer."""
-    first = min(one.submitted_s for one in served)
-    return len(served) / (max(one.finished_s for one in served) - first)
+    first = min(request.submitted_s for request in served)
+    return len(served) / (max(request.finished_s for request in served) - first)
 
 
 class RealStack:
@@ -142,7 +142,7 @@ class RealStack:
         self._launch(self._scheduler, environment)
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._is_serving():
-            dead = [name for name, one in self._processes.items() if one.poll() is not None]
+            dead = [name for name, process in self._processes.items() if process.poll() is not None]
             if dead or time.monotonic() > deadline:
                 raise GatewayError(f"{dead or policy} did not come up:\n{self._log(dead)}")
             time.sleep(0.1)

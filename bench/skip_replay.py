@@ -56,17 +56,17 @@ def make_replay(trajectories: Trajectories, gains: Mapping[int, float]) -> Repla
         products=(directions @ directions.transpose(1, 2) / directions.shape[2]).numpy(),
         guided=guided.flatten(2).square().mean(dim=2).sqrt().T.double().numpy(),
         scales=np.array(scales),
-        gains=np.interp(np.arange(trajectories.num_steps), steps, [gains[one] for one in steps]),
+        gains=np.interp(np.arange(trajectories.num_steps), steps, [gains[step] for step in steps]),
     )
 
 
 def join(replays: Sequence[Replay]) -> Replay:
     """Return one replay of all their cases; gains are averaged."""
     return Replay(
-        products=np.concatenate([one.products for one in replays]),
-        guided=np.concatenate([one.guided for one in replays]),
-        scales=np.concatenate([one.scales for one in replays]),
-        gains=np.mean([one.gains for one in replays], axis=0),
+        products=np.concatenate([part.products for part in replays]),
+        guided=np.concatenate([part.guided for part in replays]),
+        scales=np.concatenate([part.scales for part in replays]),
+        gains=np.mean([part.gains for part in replays], axis=0),
     )
 
 

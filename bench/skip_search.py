@@ -70,16 +70,19 @@ def run(  # noqa: PLR0917 - options of a command
         records = list(pool.map(_record, shares))
         for name, error in records[0][1].items():
             print(f"{error:.3f} of the last direction's error: {name}")
-        recorded = join([one for one, _ in records])
+        recorded = join([part for part, _ in records])
         candidates = _search(recorded, random.Random(seed), num_candidates)
         levels = {
             f"{target}_{i}": parameters
             for target, found in candidates.items()
             for i, (_, parameters) in enumerate(found[:num_drawn])
         }
-        levels |= {f"{name}_now": one for name, one in SKIP_LEVELS.items() if one}
+        levels |= {f"{name}_now": level for name, level in SKIP_LEVELS.items() if level}
         drawn = list(pool.map(_draw, shares, [levels] * len(shares)))
-    results = {name: _summary([sample for one in drawn for sample in one[name]]) for name in levels}
+    results = {
+        name: _summary([sample for case_samples in drawn for sample in case_samples[name]])
+        for name in levels
+    }
     for name, result in results.items():
         print(f"{name}: {result} {levels[name]}")
     best = {target: _best(results, target) for target in TARGETS}
@@ -126,7 +129,10 @@ def _search(recorded: Replay, rng: random.Random, num_candidates: int) -> dict[s
 def _reaching(
     tried: Sequence[tuple[float, float, SkipParameters]], target: float
 ) -> list[tuple[float, float, SkipParameters]]:
-    return sorted((one for one in tried if one[0] >= target), key=lambda one: -one[1])
+    return sorted(
+        (candidate for candidate in tried if candidate[0] >= target),
+        key=lambda candidate: -candidate[1],
+    )
 
 
 def _foretell(recorded: Replay, parameters: SkipParameters) -> tuple[float, float, SkipParameters]:
@@ -187,14 +193,16 @@ def _draw(
     model = load_model(EMBEDDED_MODEL, dtype="float32")
     decoder = load_decoder(EMBEDDED_MODEL, dtype="float32")
     studio = Studio(model, decoder, EMBEDDED_MODEL, {"off": None, **levels})
-    full = studio.decode([one.latents for one in studio.denoise([Drawing(case=c) for c in cases])])
+    full = studio.decode(
+        [picture.latents for picture in studio.denoise([Drawing(case=c) for c in cases])]
+    )
     found = {}
     for name in levels:
         finished = studio.denoise([Drawing(case=case, level=name) for case in cases])
-        distances = psnr_db(studio.decode([one.latents for one in finished]), full).tolist()
+        distances = psnr_db(studio.decode([picture.latents for picture in finished]), full).tolist()
         saved = [
-            len(one.skipped_steps) / (2 * case.num_inference_steps)
-            for one, case in zip(finished, cases, strict=True)
+            len(picture.skipped_steps) / (2 * case.num_inference_steps)
+            for picture, case in zip(finished, cases, strict=True)
         ]
         found[name] = list(zip(saved, distances, strict=True))
     return found

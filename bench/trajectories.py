@@ -80,7 +80,7 @@ def record(
         cases=tuple(cases),
         uncond=said[:, : len(cases)],
         text=said[:, len(cases) :],
-        latents=torch.cat([one.latents for one in finished]),
+        latents=torch.cat([drawn.latents for drawn in finished]),
     )
 
 
@@ -101,7 +101,7 @@ def measure_gains(
     gains = {}
     for step in steps:
         drawings = [Drawing(case=case, level="one", skips=frozenset({step})) for case in full.cases]
-        latents = torch.cat([one.latents for one in studio.denoise(drawings)])
+        latents = torch.cat([drawn.latents for drawn in studio.denoise(drawings)])
         directions = full.directions
         scales = torch.tensor([case.guidance_scale - 1 for case in full.cases])
         wrong = (directions[step - 1] - directions[step]) * scales.view(-1, 1, 1, 1)

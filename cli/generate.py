@@ -118,8 +118,8 @@ def _request_all(
 
         try:
             futures = [
-                request_in_background(url, one, report_to(index))
-                for index, one in enumerate(bodies)
+                request_in_background(url, own_body, report_to(index))
+                for index, own_body in enumerate(bodies)
             ]
             return [future.result() for future in futures]
         except GatewayUnreachableError as error:

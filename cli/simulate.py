@@ -83,7 +83,7 @@ def simulate(
     settings = SimulationSettings(
         num_groups=groups, vaes_per_group=vaes, vaes_elsewhere=vaes_elsewhere, seed=seed
     )
-    mix = Mix(sizes=tuple(_parse_size(one) for one in size)) if size else Mix()
+    mix = Mix(sizes=tuple(_parse_size(text) for text in size)) if size else Mix()
     if experiment == "threshold":
         return _compare_thresholds(known, settings, rate, duration, output)
     if experiment:

@@ -87,7 +87,7 @@ async def serve_through_deaths(up: Up) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_200_requests_survive_the_death_of_every_process(up: Up) -> None:
-    others = {one for one in psutil.Process().children() if one.pid != up.process.pid}
+    others = {child for child in psutil.Process().children() if child.pid != up.process.pid}
     up.wait_ready()
     asyncio.run(serve_through_deaths(up))
     assert len(up.segments()) == 1
