@@ -205,11 +205,16 @@ async def test_a_service_that_will_not_stop_is_killed_after_its_grace_period(
 async def test_a_second_wish_to_stop_kills_at_once(
     supervisor: Supervisor, witness: Witness
 ) -> None:
-    stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True)"
-    await supervisor.start(script("stubborn", f"{stubborn}; {SLEEP}"))
+    stubborn = (
+        "import signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('no', flush=True))\n"
+        "print('here', flush=True)\n"
+        "while True: time.sleep(60)"
+    )
+    await supervisor.start(script("stubborn", stubborn))
     await wait_until(lambda: witness.lines)
     stopping = asyncio.create_task(supervisor.stop(grace_s=60))
-    await asyncio.sleep(0.1)
+    await wait_until(lambda: len(witness.lines) == 2)
     supervisor.kill()
     await asyncio.wait_for(stopping, 10)
 
@@ -262,6 +267,7 @@ async def test_a_service_that_has_exited_is_started_again_while_a_tracer_holds_i
             os.kill(pid, signal.SIGKILL)
             await wait_until(lambda: len(witness.lines) == 2)
             assert is_gone(pid)
+        await wait_until(lambda: not psutil.pid_exists(pid))  # it is reaped, if late
     except NotStoppedError as error:
         pytest.skip(f"needs ptrace: {error}")
     finally:

@@ -26,8 +26,6 @@ from shared.messages import ImageParameters
 ONE_LEVEL = 1 / 255
 FALLBACKS = ("PNDMScheduler", "HeunDiscreteScheduler", "UniPCMultistepScheduler")
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(
     scope="module", params=["epsilon, f8", "v_prediction, f4, linear projection, DDIM config"]

@@ -27,8 +27,6 @@ from shared.errors import ConfigurationError, InvalidRequestError, OverloadedErr
 from shared.guidance_skip import SKIP_LEVELS, SkipParameters
 from shared.messages import SlotRow
 
-torch.set_num_threads(1)
-
 SMALL: dict[str, Any] = {"height": 32, "width": 32}
 
 

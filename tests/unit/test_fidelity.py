@@ -16,8 +16,6 @@ from services.vae_worker.model import load_decoder
 from shared.guidance_skip import SKIP_LEVELS
 from training.retrieval import load_references
 
-torch.set_num_threads(1)
-
 REFERENCES = load_references(Path("models/emoji"))
 
 

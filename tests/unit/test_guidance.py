@@ -23,8 +23,6 @@ from services.unet_worker.guidance import (
 )
 from shared.guidance_skip import SKIP_LEVELS, SkipParameters
 
-torch.set_num_threads(1)
-
 BALANCED = SKIP_LEVELS["balanced"]
 assert BALANCED is not None
 

@@ -16,8 +16,6 @@ from services.unet_worker.latents import BatchKey, Conditions, LatentStore, Nois
 from services.unet_worker.model import DiffusionModel, load_model
 from shared.errors import OverloadedError
 
-torch.set_num_threads(1)
-
 SHAPE = (1, 4, 8, 8)
 KEY = BatchKey(latent_height=8, latent_width=8, num_tokens=16)
 

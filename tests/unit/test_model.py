@@ -14,8 +14,6 @@ from tiny_model import make_tiny_model
 from services.unet_worker.model import choose_device, choose_dtype, load_model
 from shared.errors import ConfigurationError
 
-torch.set_num_threads(1)
-
 
 def test_the_facts_are_the_folders_own(tmp_path: Path) -> None:
     folder = make_tiny_model(

@@ -15,8 +15,6 @@ from services.unet_worker.prepare import prepare_unet
 from services.unet_worker.slot import predict_noise
 from shared.errors import ConfigurationError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def _predict(model: DiffusionModel, rows: int, height: int, width: int) -> torch.Tensor:
     facts, generator = model.facts, torch.Generator().manual_seed(rows)

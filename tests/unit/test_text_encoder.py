@@ -12,8 +12,6 @@ from tiny_model import load_reference_pipeline
 from services.unet_worker.model import load_model
 from services.unet_worker.text_encoder import TextEncoder
 
-torch.set_num_threads(1)
-
 PROMPTS = ["a red cat", "", "the blue dog of the moon", "heart, " * 9, "a red cat"]
 
 
