@@ -262,12 +262,14 @@ async def test_a_service_that_has_exited_is_started_again_while_a_tracer_holds_i
     await supervisor.start(script("unet-0", source))
     await wait_until(lambda: witness.lines)
     pid = supervisor.pids()["unet-0"]
+    process = supervisor._kept["unet-0"].process
+    assert process is not None
     try:
         with stopped_thread(pid):
             os.kill(pid, signal.SIGKILL)
             await wait_until(lambda: len(witness.lines) == 2)
             assert is_gone(pid)
-        await wait_until(lambda: not psutil.pid_exists(pid))  # it is reaped, if late
+        await asyncio.wait_for(process.wait(), WAIT_S)  # it is reaped, if late
     except NotStoppedError as error:
         pytest.skip(f"needs ptrace: {error}")
     finally:
