@@ -79,9 +79,10 @@ class RealStack:
         self._epoch = 0
 
     def start(self, worker_environment: Mapping[str, str]) -> None:
-        """Gateway and workers; `serve_by` waits for them.
+        """Start gateway and workers; `serve_by` waits for them.
 
-        worker_environment: instead of the one that workers have by default.
+        Args:
+            worker_environment: Instead of the workers' own.
         """
         for service in self._services:
             environment = dict(service.environment)
@@ -218,7 +219,9 @@ def real_stack(
 ) -> Iterator[RealStack]:
     """Run workers of the embedded model and a gateway; the scheduler comes with `serve_by`.
 
-    profile: what the schedulers plan by.
+    Args:
+        profile: What the schedulers plan by.
+        worker_environment: Instead of the workers' own.
     """
     with private_server() as redis_url, tempfile.TemporaryDirectory(prefix="sd-bench-") as name:
         running = RealStack(

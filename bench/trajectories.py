@@ -95,7 +95,15 @@ def measure_gains(
 ) -> dict[int, float]:
     """Return by skipped step |final latents - full| / |guidance's error|.
 
-    level: skips anywhere, and reuses the last direction. Root mean square over the cases.
+    It is the root mean square over the cases.
+
+    Args:
+        model: The UNet's.
+        decoder: Of the same model.
+        folder: The model's.
+        full: Requests in full, which are compared with.
+        level: Skips anywhere, and reuses the last direction.
+        steps: At which to skip, each by itself.
     """
     studio = Studio(model, decoder, folder, {"off": None, "one": level})
     gains = {}

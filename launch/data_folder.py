@@ -93,9 +93,10 @@ class DataFolder:
         A child that inherits the descriptor holds the lock as well, so that a folder is not free
         before a server that writes in it is gone. A holder that is just going is waited for.
 
-        note: tells others who holds it.
-
         A folder that is made for this goes again if the body refuses to start and nothing has run.
+
+        Args:
+            note: Tells others who holds it.
 
         Raises:
             ConfigurationError: Another stack holds it, who is named; or it can't be written.

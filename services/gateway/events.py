@@ -61,7 +61,9 @@ class Watch:
 class EventBoard:
     """Reads the board and tells the watches.
 
-    redis, records: the caller owns their connection.
+    Args:
+        redis: The connection; the caller owns it.
+        records: On the same connection.
     """
 
     def __init__(self, redis: Redis, records: Records) -> None:

@@ -25,7 +25,8 @@ log = get_logger()
 class FleetWatch:
     """Keeps `fleet` up to date while `run` runs.
 
-    redis: the connection; the caller owns it.
+    Args:
+        redis: The connection; the caller owns it.
     """
 
     def __init__(self, redis: Redis) -> None:

@@ -65,8 +65,13 @@ def check_is_served(model: SeenModel, fleet: Fleet, now: float) -> None:
 
     What has just gone comes back within a restart's time, and requests wait for it.
 
+    Args:
+        model: Whose pictures are asked for.
+        fleet: As it was last seen.
+        now: On the monotonic clock.
+
     Raises:
-        ApiError: 503, with what is missing. now: on the monotonic clock.
+        ApiError: 503, with what is missing.
     """
     if reasons := fleet.reasons_not_to_wait(model, now):
         raise unavailable(f"Pictures can't be made now: {', and '.join(reasons)}.")
@@ -75,8 +80,12 @@ def check_is_served(model: SeenModel, fleet: Fleet, now: float) -> None:
 def check_store(fleet: Fleet, now: float) -> None:
     """Let a request pass if the store can take it.
 
+    Args:
+        fleet: As it was last seen.
+        now: On the monotonic clock.
+
     Raises:
-        ApiError: 503, with why it can't. now: on the monotonic clock.
+        ApiError: 503, with why it can't.
     """
     if problem := fleet.store_problem(now):
         code = "store_full" if fleet.is_store_full else "store_unavailable"

@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from bench.hung_thread import NotStoppedError, stopped_thread
+from launch.restarts import RestartPolicy
 from launch.service_log import LogLine
-from launch.supervisor import Death, RestartPolicy, Service, Supervisor
+from launch.supervisor import Death, Service, Supervisor
 from shared.errors import EXIT_CONFIGURATION
 
 WAIT_S = 20.0

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.restarts import DeathCount, RestartPolicy
 from launch.service_log import ServiceLog, explanation, level_of
-from launch.supervisor import DeathCount, RestartPolicy
 
 
 @pytest.mark.parametrize(
