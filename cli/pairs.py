@@ -11,7 +11,7 @@ from redis.exceptions import RedisError
 
 from shared import keys
 from shared.errors import ConfigurationError
-from shared.host import Transport, choose_transport
+from shared.host import Transport, choose_transport, is_same_device
 from shared.messages import WorkerInfo
 from shared.registrations import readable_workers
 
@@ -74,5 +74,5 @@ def _reason(unet: WorkerInfo, vae: WorkerInfo) -> str:
         return "both on the CPU of one host" if unet.device == "cpu" else "both on one GPU"
     if "cpu" in {unet.device, vae.device}:
         return "one on a GPU, the other on the CPU"
-    same_gpu = unet.device.partition("+")[0] == vae.device.partition("+")[0]
+    same_gpu = is_same_device(unet.device, vae.device)
     return "on one GPU, in different PID or IPC namespaces" if same_gpu else "on different GPUs"

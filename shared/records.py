@@ -268,10 +268,6 @@ class Records:
         image = await self.redis.get(record.image_key) if record.image_key else None
         return cast("bytes | None", image)
 
-    async def open_requests(self) -> int:
-        """Return how many requests have no final state yet."""
-        return int(await self.redis.xlen(keys.REQUESTS))
-
 
 def _parse_record(request_id: str, fields: dict[bytes, bytes]) -> RequestRecord:
     request = codec.decode(fields[b"request"])
