@@ -20,8 +20,8 @@ from torch import Tensor
 
 from bench.chunking_memory import MemoryCase, peak_extra_bytes, random_decoder
 from bench.report import spread, write_report
-from cli.stack import EMBEDDED_MODEL
-from services.vae_worker.chunked_decoder import ChunkPlan, Granularity, decode_chunks, plan_chunks
+from launch.stack import EMBEDDED_MODEL
+from services.vae_worker.decoding import ChunkPlan, Granularity, decode_chunks, plan_chunks
 from services.vae_worker.model import load_decoder
 from shared.device import DtypeName, choose_device, choose_dtype
 

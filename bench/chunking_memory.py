@@ -13,7 +13,7 @@ import diffusers
 import psutil
 import torch
 
-from services.vae_worker.chunked_decoder import Granularity, decode_chunks, plan_chunks
+from services.vae_worker.decoding import Granularity, decode_chunks, plan_chunks
 
 
 @cache

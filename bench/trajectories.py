@@ -8,39 +8,38 @@ that skip that step alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.drawing import Case, Drawing, Studio
-from services.unet_worker.model import DiffusionModel
+from services.unet_worker.backends.eager import EagerBackend
+from services.unet_worker.families.protocol import Conditions, Family
 from services.vae_worker.model import Decoder
 from shared.guidance_skip import SkipParameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trajectories:
-    """Fully guided requests of one sampler, number of steps and scale.
-
-    uncond, text: (steps, cases, C, h, w), the UNet's two predictions. latents: (cases, C, h, w),
-    the final ones.
-    """
+    """Fully guided requests of one sampler, number of steps and scale."""
 
     cases: tuple[Case, ...]
     uncond: Tensor
+    """(steps, cases, C, h, w): the UNet's prediction without the prompt."""
     text: Tensor
+    """The same with the prompt."""
     latents: Tensor
+    """(cases, C, h, w): the final ones."""
 
     @property
     def num_steps(self) -> int:
-        """UNet forwards of each request."""
+        """Return the UNet forwards of each request."""
         return self.text.shape[0]
 
     def first(self, count: int) -> Trajectories:
-        """Those of the first cases."""
+        """Return those of the first cases."""
         return Trajectories(
             cases=self.cases[:count],
             uncond=self.uncond[:, :count],
@@ -50,43 +49,40 @@ class Trajectories:
 
     @property
     def directions(self) -> Tensor:
-        """The guidance of every step, (steps, cases, C, h, w)."""
+        """Return the guidance of every step, (steps, cases, C, h, w)."""
         return self.text - self.uncond
 
 
-class _Recorder(nn.Module):
-    """A UNet that keeps what it says."""
+class _Recorder(EagerBackend):
+    """A backend that keeps what the network predicts."""
 
-    def __init__(self, unet: Any) -> None:
-        super().__init__()
-        self._unet = unet
+    def __init__(self, family: Family) -> None:
+        super().__init__(family)
         self.said: list[Tensor] = []
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The UNet's own output."""
-        output = self._unet(*args, **kwargs)
-        self.said.append(output[0].detach().float().cpu().contiguous())
-        return output
+    def predict(self, sample: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        """Return the network's prediction."""
+        prediction = super().predict(sample, timestep, conditions)
+        self.said.append(prediction.cpu())
+        return prediction
 
 
-def record(
-    model: DiffusionModel, decoder: Decoder, folder: Path, cases: Sequence[Case]
-) -> Trajectories:
-    """Run the cases in full, all in one batch; they share their sampler and number of steps."""
-    recorder = _Recorder(model.unet)
-    studio = Studio(replace(model, unet=recorder), decoder, folder, {"off": None})
+def record(family: Family, decoder: Decoder, folder: Path, cases: Sequence[Case]) -> Trajectories:
+    """Run the cases in full, in one batch; they share their sampler and number of steps."""
+    recorder = _Recorder(family)
+    studio = Studio(family, decoder, folder, {"off": None}, recorder)
     finished = studio.denoise([Drawing(case=case) for case in cases])
     said = torch.stack(recorder.said)  # negative rows first
     return Trajectories(
         cases=tuple(cases),
         uncond=said[:, : len(cases)],
         text=said[:, len(cases) :],
-        latents=torch.cat([one.latents for one in finished]),
+        latents=torch.cat([drawn.latents for drawn in finished]),
     )
 
 
 def measure_gains(
-    model: DiffusionModel,
+    family: Family,
     decoder: Decoder,
     folder: Path,
     full: Trajectories,
@@ -94,15 +90,23 @@ def measure_gains(
     level: SkipParameters,
     steps: Sequence[int],
 ) -> dict[int, float]:
-    """What a step's error becomes: |final latents - full| / |guidance's error|, by skipped step.
+    """Return by skipped step |final latents - full| / |guidance's error|.
 
-    level: skips anywhere, and reuses the last direction. Root mean square over the cases.
+    It is the root mean square over the cases.
+
+    Args:
+        family: Of the model.
+        decoder: Of the same model.
+        folder: The model's.
+        full: Requests in full, which are compared with.
+        level: Skips anywhere, and reuses the last direction.
+        steps: At which to skip, each by itself.
     """
-    studio = Studio(model, decoder, folder, {"off": None, "one": level})
+    studio = Studio(family, decoder, folder, {"off": None, "one": level})
     gains = {}
     for step in steps:
         drawings = [Drawing(case=case, level="one", skips=frozenset({step})) for case in full.cases]
-        latents = torch.cat([one.latents for one in studio.denoise(drawings)])
+        latents = torch.cat([drawn.latents for drawn in studio.denoise(drawings)])
         directions = full.directions
         scales = torch.tensor([case.guidance_scale - 1 for case in full.cases])
         wrong = (directions[step - 1] - directions[step]) * scales.view(-1, 1, 1, 1)

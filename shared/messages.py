@@ -144,6 +144,9 @@ class ModelInfo:
     default_sampler: str
     max_steps_by_sampler: dict[str, int] = field(default_factory=dict)
 
+    is_batch_invariant: bool = False
+    """Whether a seed gives the same bytes alone and among others."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerInfo:
@@ -156,7 +159,7 @@ class WorkerInfo:
     median slot time by rows, alone, at the default size. decode_ms: median whole decode, alone.
     num_chunks: chunks a decode is cut into. pool: its tensor pool's name, empty if it has none.
     runs_side_by_side: whether its device computes for two processes at a time; a GPU does only
-    under MPS.
+    under MPS. max_decodes: that a VAE worker runs side by side.
     """
 
     worker_id: str
@@ -175,6 +178,7 @@ class WorkerInfo:
     num_chunks: int = 1
     pool: str = ""
     runs_side_by_side: bool = True
+    max_decodes: int = 1
     model_digest: str = ""
 
 
@@ -271,6 +275,9 @@ class RequestAdmitted:
     step_index: int = 0
     num_skipped: int = 0
 
+    batch_key: str = ""
+    """What requests share whose rows can share a forward; means nothing but to their worker."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotDenoised:
@@ -301,7 +308,10 @@ class LatentsFinished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunksDecoded:
-    """A decode has come so far: one report per grant. duration_ms: of the chunks since the last.
+    """A decode has come so far: one report per grant.
+
+    duration_ms: of the chunks since the last, on the threads granted; where decodes shared them, a
+    decode's part of the time.
 
     num_chunks: of this whole decode, which may differ from size to size; 0 for not told.
     """
@@ -494,7 +504,9 @@ class DecodeLatents:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrantChunks:
-    """More chunks for a decode may run, on so many threads (0: the library's default).
+    """More chunks for a decode may run, on at most so many threads (0: all that the worker has).
+
+    Decodes whose chunks may run at the same time do so, and share the worker's threads.
 
     pool: the tensor pool of the UNet worker beside whose slots they run, empty for none; its header
     is told when they do. beside_seq: they begin when every slot before that one is over there, as

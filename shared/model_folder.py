@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from shared.errors import ConfigurationError
 
-PIPELINE_CLASSES: Final = ("StableDiffusionPipeline",)
+PIPELINE_CLASSES: Final = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
 
 VARIANTS: Final = (None, "fp16", "bf16")
 """Of weight files, as in `model.fp16.safetensors`; the first that is there is loaded."""
@@ -26,12 +26,12 @@ VARIANTS: Final = (None, "fp16", "bf16")
 class _Part:
     """A folder within a model's.
 
-    class_name: in `model_index.json`; empty for any. files: that have to be there, each with others
+    class_names: in `model_index.json`; none for any. files: that have to be there, each with others
     that may stand in for it. weights: what the names of its weight files begin with, as safetensors
     and as .bin; none for a part without.
     """
 
-    class_name: str = ""
+    class_names: tuple[str, ...] = ()
     files: tuple[tuple[tuple[str, ...], ...], ...]
     weights: tuple[str, str] | None = None
 
@@ -39,10 +39,12 @@ class _Part:
 _CONFIG: Final = ((("config.json",),),)
 _DIFFUSERS_WEIGHTS: Final = ("diffusion_pytorch_model", "diffusion_pytorch_model")
 _PARTS: Final[Mapping[str, _Part]] = {
-    "unet": _Part(class_name="UNet2DConditionModel", files=_CONFIG, weights=_DIFFUSERS_WEIGHTS),
-    "vae": _Part(class_name="AutoencoderKL", files=_CONFIG, weights=_DIFFUSERS_WEIGHTS),
+    "unet": _Part(class_names=("UNet2DConditionModel",), files=_CONFIG, weights=_DIFFUSERS_WEIGHTS),
+    "vae": _Part(
+        class_names=("AutoencoderKL", "AutoencoderTiny"), files=_CONFIG, weights=_DIFFUSERS_WEIGHTS
+    ),
     "text_encoder": _Part(
-        class_name="CLIPTextModel", files=_CONFIG, weights=("model", "pytorch_model")
+        class_names=("CLIPTextModel",), files=_CONFIG, weights=("model", "pytorch_model")
     ),
     "tokenizer": _Part(
         files=(
@@ -157,10 +159,10 @@ def _check_part(folder: Path, part: _Part, entry: Any) -> None:
             pass
         case _:
             class_name = None
-    if class_name is None or part.class_name not in ("", class_name):
+    if class_name is None or (part.class_names and class_name not in part.class_names):
         raise ConfigurationError(
             f"{folder.parent / 'model_index.json'} names {class_name!r} as {folder.name}; "
-            f"it should be {part.class_name or 'a class'}"
+            f"it should be {' or '.join(part.class_names) or 'a class'}"
         )
     for sets in part.files:
         if not any(all((folder / name).is_file() for name in one) for one in sets):

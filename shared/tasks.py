@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Generator, Iterable
 from contextvars import Context
-from types import TracebackType
 from typing import Any, Final, TypeVar
 
 _INSIST_EVERY_S: Final = 0.1
@@ -31,7 +30,7 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
 
 
 class TaskGroup(asyncio.TaskGroup):
-    """A task group whose members end when one fails, also those that lose a cancellation."""
+    """A task group whose members end when it has to, also those that lose a cancellation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,24 +46,14 @@ class TaskGroup(asyncio.TaskGroup):
         """Add a member, as `asyncio.TaskGroup` does."""
         task = super().create_task(coro, name=name, context=context)
         self._members.add(task)
-        task.add_done_callback(self._on_member_done)
+        task.add_done_callback(self._members.discard)
         return task
 
-    async def __aexit__(
-        self,
-        et: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        """Wait for the members; insist on their end if the body has failed."""
-        if et is not None:
-            self._insist()
-        await super().__aexit__(et, exc, tb)
-
-    def _on_member_done(self, task: asyncio.Task[Any]) -> None:
-        self._members.discard(task)
-        if not task.cancelled() and task.exception():
-            self._insist()
+    def _abort(self) -> None:
+        # asyncio's own, private (seen in Python 3.11 to 3.14): called whatever ends a group early,
+        # a member, the body, or a cancellation of the task that waits for the members.
+        super()._abort()  # type: ignore[misc]
+        self._insist()
 
     def _insist(self) -> None:
         for task in self._members:

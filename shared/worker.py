@@ -98,7 +98,7 @@ class Timed(Generic[T]):
 
 
 class ComputeThread:
-    """The one thread that calls the model.
+    """A thread that calls the model.
 
     Args:
         default_threads: CPU threads of a call that asks for 0.
@@ -107,9 +107,18 @@ class ComputeThread:
 
     def __init__(self, default_threads: int, watchdog: Watchdog) -> None:
         self._watchdog = watchdog
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        # Asking for the number makes the library set it up in the new thread, to whatever another
+        # thread said last; later it would undo what is set here.
+        self._executor = ThreadPoolExecutor(
+            1, thread_name_prefix="compute", initializer=torch.get_num_threads
+        )
         self._default_threads = default_threads
         self._threads = 0
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of the last call, 0 before the first."""
+        return self._threads
 
     async def run(
         self, what: str, call: Callable[[], T], *, within_s: float, threads: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -11,6 +12,22 @@ from redis.asyncio import Redis
 from redis_server import RedisServer
 
 from shared.streams import connect
+
+
+def pytest_collection_finish() -> None:
+    """Fixtures compute on one thread, too."""
+    _compute_on_one_thread()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Whatever number of threads a test chooses, the next one begins with one."""
+    _compute_on_one_thread()
+
+
+def _compute_on_one_thread() -> None:
+    if torch := sys.modules.get("torch"):  # not imported for tests that do without
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 
@@ -47,6 +47,25 @@ def make_vae(
     return vae
 
 
+def make_tiny_vae(
+    *, dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any
+) -> AutoencoderTiny:
+    """A random `AutoencoderTiny` for decoding."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        widths = (8, 8, 8)
+        vae = AutoencoderTiny(
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths,
+            num_encoder_blocks=(1, 1, 1),
+            num_decoder_blocks=(2, 1, 1),
+            **config,
+        )
+    vae = vae.eval().requires_grad_(requires_grad=False)
+    vae.decoder.to(dtype=dtype, memory_format=torch.channels_last)
+    return vae
+
+
 def make_latents(
     vae: Any, latent_height: int, latent_width: int, *, batch: int = 1, seed: int = 0
 ) -> Tensor:
@@ -54,13 +73,17 @@ def make_latents(
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, vae.config.latent_channels, latent_height, latent_width)
     latents = torch.randn(shape, generator=generator) * vae.config.scaling_factor
-    return latents.to(vae.decoder.conv_in.weight.dtype)
+    return latents.to(next(vae.decoder.parameters()).dtype)
 
 
 def whole_decode(vae: Any, latents: Tensor) -> Tensor:
-    """What `StableDiffusionPipeline` does with latents."""
+    """What diffusers' pipelines do with latents."""
+    config = vae.config
     with torch.inference_mode():
-        image: Tensor = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+        scaled = latents / config.scaling_factor
+        if config.shift_factor:
+            scaled = scaled + config.shift_factor
+        image: Tensor = vae.decode(scaled, return_dict=False)[0]
     return image
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from services.vae_worker.chunk_plan import Granularity
+from services.vae_worker.decoding import Granularity
 from services.vae_worker.model import Decoder
 from shared.profile_files import ChunkGranularity, find_granularity
 from shared.settings import VaeWorkerSettings
 
 
 def choose_granularity(settings: VaeWorkerSettings, decoder: Decoder) -> Granularity:
-    """As the settings say, else as the profile of this model, else four chunks along the layers.
+    """Return what the settings say, else the model's profile, else four chunks along the layers.
 
     Raises:
         ConfigurationError: A profile can't be read.

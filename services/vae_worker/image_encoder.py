@@ -6,18 +6,19 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from services.vae_worker.png_file import write_png
 from shared.errors import NumericalError
 from shared.messages import ImageParameters
 
 
 def to_pixels(image: torch.Tensor) -> Image.Image:
-    """The picture of a decode, with the values of diffusers' `VaeImageProcessor.postprocess`.
+    """Return the picture of a decode, with the values of diffusers' `VaeImageProcessor`.
 
     Args:
         image: (1, 3, height, width), nominally in [-1, 1].
@@ -35,7 +36,7 @@ def to_pixels(image: torch.Tensor) -> Image.Image:
 def encode_image(
     image: torch.Tensor, *, parameters: ImageParameters, skipped_steps: Sequence[int] = ()
 ) -> bytes:
-    """A file in `parameters.output_format`: "png", "jpeg" or "webp".
+    """Return a file in `parameters.output_format`: "png", "jpeg" or "webp".
 
     `output_compression`, 0 to 100, is OpenAI's: how much of the picture to keep, so it is the
     quality of jpeg and webp; png loses nothing and ignores it. A png carries its arguments: as one
@@ -49,16 +50,15 @@ def encode_image(
     Raises:
         NumericalError: A value is not finite.
     """
-    options: dict[str, Any]
-    match parameters.output_format:
-        case "png":
-            options = {"pnginfo": _text_chunks(parameters, skipped_steps), "compress_level": 4}
-        case "jpeg":
-            options = {"quality": max(1, parameters.output_compression), "subsampling": 0}
-        case _:
-            options = {"quality": parameters.output_compression}
+    picture = to_pixels(image)
+    if parameters.output_format == "png":
+        return write_png(np.asarray(picture), _text_chunks(parameters, skipped_steps))
+    quality = parameters.output_compression
     target = io.BytesIO()
-    to_pixels(image).save(target, format=parameters.output_format, **options)
+    if parameters.output_format == "jpeg":
+        picture.save(target, format="jpeg", quality=max(1, quality), subsampling=0)
+    else:
+        picture.save(target, format=parameters.output_format, quality=quality)
     return target.getvalue()
 
 

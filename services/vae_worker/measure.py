@@ -7,14 +7,14 @@ import time
 
 import torch
 
-from services.vae_worker.chunked_decoder import ChunkPlan, decode_chunks
+from services.vae_worker.decoding import ChunkPlan, decode_chunks
 from services.vae_worker.model import Decoder
 from shared.device import finish_work
 from shared.worker import sample_for
 
 
 def time_chunks(decoder: Decoder, plan: ChunkPlan) -> tuple[float, ...]:
-    """Seconds of each chunk of one decode of dummy latents."""
+    """Return the seconds of each chunk of one decode of dummy latents."""
     shape = (1, decoder.latent_channels, plan.latent_height, plan.latent_width)
     latents = torch.zeros(shape, device=decoder.device, dtype=decoder.dtype)
     chunks = decode_chunks(decoder.vae, latents, plan=plan)
@@ -28,6 +28,6 @@ def time_chunks(decoder: Decoder, plan: ChunkPlan) -> tuple[float, ...]:
 
 
 def measure_for(decoder: Decoder, plan: ChunkPlan, window_s: float) -> tuple[float, ...]:
-    """Median milliseconds of each chunk, one decode after another for so long."""
+    """Return the median milliseconds of each chunk, of decodes one after another for so long."""
     decodes = sample_for(window_s, lambda: time_chunks(decoder, plan))
-    return tuple(statistics.median(one) * 1e3 for one in zip(*decodes, strict=True))
+    return tuple(statistics.median(durations_s) * 1e3 for durations_s in zip(*decodes, strict=True))

@@ -18,15 +18,13 @@ from denoising import (
 )
 from tiny_model import make_tiny_model
 
-from services.unet_worker.denoiser import Denoiser
-from services.unet_worker.samplers import SAMPLERS
+from services.unet_worker.denoising.denoiser import Denoiser
+from services.unet_worker.denoising.samplers import SAMPLERS
 from shared.errors import InvalidRequestError
 from shared.messages import ImageParameters
 
 ONE_LEVEL = 1 / 255
 FALLBACKS = ("PNDMScheduler", "HeunDiscreteScheduler", "UniPCMultistepScheduler")
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(

@@ -8,10 +8,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cli import diagnosis, machine
+from cli import diagnosis
 from cli.__main__ import app
 from cli.diagnosis import Choices, Diagnosis, Finding, Gpu
-from services.unet_worker.model import choose_dtype
+from launch import machine
+from shared.device import choose_dtype
 
 MIB = 1 << 20
 CHOICES = Choices(device="cpu", dtype="float32", threads=2, transport="shm")

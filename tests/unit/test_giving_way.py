@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from services.unet_worker.giving_way import GivingWay, Parts, even_sizes, watch
+from services.unet_worker.backends.cpu.giving_way import GivingWay, Parts, even_sizes, watch
 from shared.messages import NO_ROOM, SlotShape
 
 EVEN = SlotShape(threads_beside=1, waiting_share=0.5)

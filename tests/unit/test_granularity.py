@@ -12,10 +12,11 @@ from scheduler_world import make_worker
 from bench.profiler import choose_strip_fraction
 from services.scheduler.devices.choice import profile_in_short
 from services.scheduler.devices.profile_file import format_profile
-from services.vae_worker.chunk_plan import Granularity
+from services.vae_worker.decoding import Granularity
 from services.vae_worker.granularity import choose_granularity
 from services.vae_worker.model import Decoder
 from shared.errors import ConfigurationError
+from shared.latents_format import LatentsFormat
 from shared.profile_files import ChunkGranularity, find_granularity
 from shared.settings import VaeWorkerSettings
 
@@ -79,6 +80,7 @@ def test_settings_override_the_profile(
         vae=None,
         device=torch.device("cpu"),
         dtype=torch.float32,
+        latents_format=LatentsFormat(channels=4, vae_scale_factor=8, scaling_factor=1.0),
         default_size=(8, 8),
     )
     read = VaeWorkerSettings.model_validate({"profiles": tmp_path, **settings})

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.unet_worker.guidance import (
+from services.unet_worker.denoising.guidance import (
     GuidanceRecord,
     can_skip,
     extrapolate,
@@ -22,8 +22,6 @@ from services.unet_worker.guidance import (
     num_skippable,
 )
 from shared.guidance_skip import SKIP_LEVELS, SkipParameters
-
-torch.set_num_threads(1)
 
 BALANCED = SKIP_LEVELS["balanced"]
 assert BALANCED is not None

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from services.vae_worker.image_encoder import encode_image, to_pixels
+from services.vae_worker.png_file import write_png
 from shared.errors import NumericalError
 from shared.messages import ImageParameters
 
@@ -59,6 +61,17 @@ def test_a_png_has_the_pixels_of_diffusers_own_picture(image):
     assert picture.mode == expected.mode == "RGB"
     assert picture.size == (40, 24)
     assert np.array_equal(np.asarray(picture), np.asarray(expected))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (7, 1), (16, 9)])
+def test_a_png_of_any_size_holds_its_pixels_and_texts(size):
+    height, width = size
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    info = PngInfo()
+    info.add_itxt("parameters", "a ♥")
+    picture = opened(write_png(pixels, info))
+    assert np.array_equal(np.asarray(picture), pixels)
+    assert picture.text == {"parameters": "a ♥"}
 
 
 def test_every_pixel_value_is_rounded_as_diffusers_rounds_it():

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from services.unet_worker.denoiser import SlotResult
-from services.unet_worker.isolation import run_isolated
+from services.unet_worker.denoising.denoiser import SlotResult
+from services.unet_worker.denoising.isolation import run_isolated
 from shared.messages import RowReport, SlotRow
 
 

@@ -8,11 +8,9 @@ import diffusers
 import pytest
 import torch
 
-from services.unet_worker.coefficients import NotLinearError, read_table, step_arguments
-from services.unet_worker.samplers import SAMPLERS, Samplers
+from services.unet_worker.denoising.coefficients import NotLinearError, read_table, step_arguments
+from services.unet_worker.denoising.samplers import SAMPLERS, Samplers
 from shared.errors import InvalidRequestError
-
-torch.set_num_threads(1)
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

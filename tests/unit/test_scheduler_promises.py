@@ -22,7 +22,7 @@ from services.scheduler.simulation.arrivals import (
 )
 from services.scheduler.simulation.simulator import Simulation, SimulationSettings
 from services.scheduler.simulation.unet import Resident
-from services.unet_worker.guidance import GuidanceRecord, can_skip
+from services.unet_worker.denoising.guidance import GuidanceRecord, can_skip
 from shared import messages
 from shared.errors import ConfigurationError
 from shared.guidance_skip import SKIP_LEVELS

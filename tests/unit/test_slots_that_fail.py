@@ -12,12 +12,10 @@ import torch
 from denoising import ATTEMPT, denoise_held, make_denoiser, next_rows, parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from services.unet_worker.denoiser import Denoiser, SlotResult
-from services.unet_worker.isolation import run_isolated
-from services.unet_worker.latents import LatentPool
+from services.unet_worker.denoising.denoiser import Denoiser, SlotResult
+from services.unet_worker.denoising.isolation import run_isolated
+from services.unet_worker.denoising.latents import LatentPool
 from shared.messages import ImageParameters
-
-torch.set_num_threads(1)
 
 REQUESTS = {
     "pndm": parameters(seed=1, sampler="PNDMScheduler", num_inference_steps=4),
@@ -67,21 +65,19 @@ def denoiser(tiny_model_folder: Path) -> Denoiser:
 def counting(denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FailAt]]:
     """The mode in use, if any: it doesn't count the hundreds of operations of the UNet."""
     modes: list[FailAt] = []
-    forward = denoiser._model.forward
+    predict = denoiser._backend.predict
 
-    def uncounted(*inputs: torch.Tensor) -> torch.Tensor:
+    def uncounted(*inputs: Any) -> torch.Tensor:
         for mode in modes:
             mode.is_counting = False
         try:
-            return forward(*inputs)
+            return predict(*inputs)
         finally:
             for mode in modes:
                 mode.is_counting = True
 
-    uncounted.holding_threads = forward.holding_threads  # type: ignore[attr-defined]
-    object.__setattr__(denoiser._model, "forward", uncounted)
+    monkeypatch.setattr(denoiser._backend, "predict", uncounted)
     yield modes
-    object.__setattr__(denoiser._model, "forward", forward)
     for held in denoiser.held():
         denoiser.release(held.request_id)
 

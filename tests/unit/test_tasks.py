@@ -64,3 +64,17 @@ async def test_a_group_ends_though_its_body_fails_beside_such_a_member() -> None
 
     with pytest.raises(ExceptionGroup):
         await asyncio.wait_for(run(), WAIT_S)
+
+
+async def test_a_group_ends_though_it_is_cancelled_while_it_waits_for_such_a_member() -> None:
+    async def inner() -> None:
+        async with TaskGroup() as tasks:
+            tasks.create_task(deaf_to(1))
+
+    async def run() -> None:
+        async with TaskGroup() as tasks:
+            tasks.create_task(inner())
+            tasks.create_task(fail())
+
+    with pytest.raises(ExceptionGroup):
+        await asyncio.wait_for(run(), WAIT_S)

@@ -14,7 +14,7 @@ from services.scheduler.planning.packing import MIN_ROWS
 from shared.host import Transport, choose_transport
 from shared.messages import LatentsFinished
 
-DECODES_PER_WORKER = 2
+MIN_DECODES = 2
 """At a VAE worker at once: one decodes, the next has arrived already."""
 
 
@@ -142,7 +142,7 @@ def choose_vae(
             name,
         )
         for name, vae in fitting.items()
-        if len(vae.decodes) < DECODES_PER_WORKER
+        if len(vae.decodes) < max(MIN_DECODES, vae.info.max_decodes + 1)
     ]
     return min(room)[1] if room else None
 

@@ -1,0 +1,1 @@
+"""How a forward is run fast on a device: one interface, an implementation for each kind."""

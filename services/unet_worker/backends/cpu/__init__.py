@@ -1,0 +1,1 @@
+"""Forwards on CPUs: recorded graphs, packed weights, rows over cores, giving way to decodes."""

@@ -1,0 +1,1 @@
+"""Many requests denoised at once, a forward at a time."""
