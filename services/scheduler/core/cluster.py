@@ -21,7 +21,6 @@ from services.scheduler.core.state import (
     VaeWorker,
 )
 from services.scheduler.devices.drift import Drift
-from services.scheduler.devices.durations import Durations
 from services.scheduler.devices.profile import Profile
 from services.scheduler.planning.threshold import Threshold
 from shared.errors import IllegalTransitionError
@@ -292,7 +291,6 @@ class Cluster:
         """A UNet worker is planned by another profile from now on."""
         unet.takes_turns = takes_turns
         unet.profile = profile
-        unet.durations = Durations(profile)
 
     # --- what planning keeps of a device --------------------------------------------------------
 

@@ -241,8 +241,6 @@ class UnetWorker(Worker):
     """A UNet worker."""
 
     profile: Profile
-    durations: Durations = field(init=False)
-    """Of the profile."""
     threshold: Threshold
     drift: Drift = field(default_factory=Drift)
     slots: deque[SlotInFlight] = field(default_factory=deque)
@@ -260,10 +258,14 @@ class UnetWorker(Worker):
     is_announced: bool = False
 
     def __post_init__(self) -> None:
-        """Begin with the profile's durations, and what was run at the worker's start."""
-        self.durations = Durations(self.profile)
+        """Note what was run at the worker's start."""
         if model := self.info.model:
             self.warm.add(BatchKey(self.info.model_id, model.default_height, model.default_width))
+
+    @property
+    def durations(self) -> Durations:
+        """Return the profile's, remembered."""
+        return self.profile.durations
 
 
 @dataclass(slots=True, kw_only=True)

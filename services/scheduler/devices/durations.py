@@ -12,10 +12,12 @@ from collections.abc import Callable
 from functools import cache
 from math import ceil
 from statistics import fmean
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
-from services.scheduler.devices.profile import DecodeTiming, Profile, SlotKind
 from shared.messages import NO_ROOM, SlotShape
+
+if TYPE_CHECKING:
+    from services.scheduler.devices.profile import DecodeTiming, Profile, SlotKind
 
 SCALE_STEPS = 16
 """Scales of chunks are taken in sixteenths, so that few of them differ."""
@@ -63,7 +65,7 @@ class Durations:
     """The answers of one profile, remembered: planning asks for few of them, and often.
 
     Args:
-        profile: It never changes; a worker that gets another one gets other durations.
+        profile: Its `durations` are these, for all workers that are planned by it.
     """
 
     def __init__(self, profile: Profile) -> None:

@@ -16,7 +16,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
+from services.scheduler.devices.durations import Durations
 from shared.profile_files import ChunkGranularity
 
 KNEE_FRACTION = 0.95
@@ -89,7 +91,7 @@ ASSUMED_SKIP_LEVELS: Mapping[str, SkipLevel] = {
 """Where a profile has none: the embedded model's, by `synerdiff bench fidelity`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Profile:
     """All timings of one model on one device, in milliseconds.
 
@@ -129,6 +131,11 @@ class Profile:
                     raise ValueError(f"slot {slot.key} {slot.kind}: rows of the two sides differ")
         for decode in self.decodes:
             _check_positive(f"decode {decode.key}", decode.chunk_ms)
+
+    @cached_property
+    def durations(self) -> Durations:
+        """Return its answers, remembered: the one cache that planning has."""
+        return Durations(self)
 
     def knee(self, key: str) -> int:
         """Return the smallest batch that is nearly as fast per row, alone, as any measured."""

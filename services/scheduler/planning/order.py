@@ -18,7 +18,7 @@ def by_urgency(requests: Iterable[Request], now: float) -> list[Request]:
     By priority, raised by waiting; within it by the earliest deadline that is still ahead; then by
     age, and by id.
     """
-    return sorted(requests, key=lambda request: (_level(request, now), *_rank(request, now)))
+    return [request for *_, request in _by_urgency(requests, now)]
 
 
 def by_fair_share(
@@ -30,24 +30,32 @@ def by_fair_share(
     Within a turn the earliest deadline goes first, then the oldest: nobody's priority counts
     against another owner.
     """
+    ordered = _by_urgency(requests, now)
+    if len({request.request.owner for *_, request in ordered}) <= 1:
+        return [request for *_, request in ordered]
     num_ahead = Counter(request.request.owner for request in in_service)
     turns = []
-    for request in by_urgency(requests, now):
+    for _, deadline_at, submitted_at, name, request in ordered:
         owner = request.request.owner
-        # Ids are in it, so no two are alike and requests themselves are never compared.
-        turns.append((num_ahead[owner], *_rank(request, now), request))
+        turns.append((num_ahead[owner], deadline_at, submitted_at, name, request))
         num_ahead[owner] += 1
     turns.sort()
     return [request for *_, request in turns]
 
 
-def _level(request: Request, now: float) -> int:
-    """Return its priority's rank, raised by waiting; the least is first."""
-    asked = request.request
-    return -asked.priority - int(max(now - asked.submitted_at, 0.0) / AGEING_S)
+_Ranked = tuple[int, float, float, str, Request]
+"""What requests are sorted by; ids are in it, so requests themselves are never compared."""
 
 
-def _rank(request: Request, now: float) -> tuple[float, float, str]:
-    """Return what requests of the same rank are sorted by."""
-    deadline_at = request.deadline_at if request.deadline_at > now else inf
-    return deadline_at, request.request.submitted_at, request.request_id
+def _by_urgency(requests: Iterable[Request], now: float) -> list[_Ranked]:
+    ranked = []
+    for request in requests:
+        asked = request.request
+        raised = int(max(now - asked.submitted_at, 0.0) / AGEING_S)
+        deadline_at = request.deadline_at if asked.deadline_ms else inf
+        deadline_at = deadline_at if deadline_at > now else inf
+        ranked.append(
+            (-asked.priority - raised, deadline_at, asked.submitted_at, asked.request_id, request)
+        )
+    ranked.sort()
+    return ranked

@@ -8,7 +8,6 @@ from random import Random
 from services.scheduler.core.commands import FailRequest, Send
 from services.scheduler.core.core import Core, CoreSettings
 from services.scheduler.core.events import Event, Tick
-from services.scheduler.devices.durations import Durations
 from services.scheduler.devices.profile import Profile
 from services.scheduler.planning.policy import Policy
 from services.scheduler.simulation.arrivals import Arrival
@@ -44,7 +43,7 @@ class Simulation:
         settings: SimulationSettings,
     ) -> None:
         self._world = World(
-            durations=Durations(profile),
+            durations=profile.durations,
             settings=settings,
             arrivals={f"r{i:06d}": arrival for i, arrival in enumerate(arrivals)},
             log=SimulationLog(num_requests=len(arrivals)),
