@@ -121,7 +121,10 @@ class Dispatch:
         for unet in self.cluster.unets.values():
             if unet.info.device_group not in resting and not unet.is_suspect:
                 with blamed_on(unet):
-                    self._plan(unet, queues, now)
+                    has_sent = True
+                    while has_sent:
+                        view = view_device(self.cluster, unet, queues, now)
+                        has_sent = self._carry_out(unet, self.policy.plan(view), now)
         self._grant_off_device(now)
 
     def adjust_threshold(self, unet: UnetWorker, now: float) -> None:
@@ -129,16 +132,8 @@ class Dispatch:
         view = view_device(self.cluster, unet, sort_requests(self.cluster), now)
         self.cluster.set_threshold(unet, self.policy.adjust(view))
 
-    def _plan(self, unet: UnetWorker, queues: Queues, now: float) -> None:
-        """Send slots as long as the policy has one."""
-        while True:
-            plan = self.policy.plan(view_device(self.cluster, unet, queues, now))
-            self._carry_out(unet, plan, now)
-            if not plan.rows:
-                return
-
-    def _carry_out(self, unet: UnetWorker, plan: Plan, now: float) -> None:
-        """Note and send what a plan says."""
+    def _carry_out(self, unet: UnetWorker, plan: Plan, now: float) -> bool:
+        """Note and send what a plan says; return whether a slot was in it."""
         cluster, slot_seq = self.cluster, self.cluster.next_seq
         if plan.outlook:
             cluster.set_outlook(unet, plan.outlook)
@@ -163,6 +158,7 @@ class Dispatch:
             self._send_slot(unet, plan, now)
         elif not unet.slots and not plan.grants and not self._has_gap(unet):
             cluster.forget_usage(unet)
+        return bool(plan.rows)
 
     def _has_gap(self, unet: UnetWorker) -> bool:
         """Return whether a gap on the worker's device may not be over yet."""

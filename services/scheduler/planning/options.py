@@ -185,8 +185,9 @@ def in_flight_stage(facts: WindowFacts, slot: SlotInFlight) -> InFlightStage | N
 def chunk_price(stages: Iterable[Sequence[Option]], num_delayed: float) -> float:
     """Return what a chunk costs at most, in ms times requests that wait, wherever it goes.
 
-    It is asked for those that a plan leaves undone, too. Were they charged the least, a plan would
-    leave all that do not fit into the cheapest places, time after time, and decodes pile up.
+    It is asked for those that a plan leaves undone, too (docs/decisions/0010-everybodys-time.md).
+    Were they charged the least, a plan would leave all that do not fit into the cheapest places,
+    time after time, and decodes pile up.
     """
     most = 0.0
     for stage in stages:

@@ -1,4 +1,7 @@
-"""The rows of the next slots: batch keys take turns by time, each slot is filled to the knee."""
+"""The rows of the next slots: batch keys take turns by time, each slot is filled to the knee.
+
+By which rows and whose turn: docs/decisions/0011-rows-that-run.md, 0015-turns-by-time.md.
+"""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ behind a gap in which chunks may be decoded alone. Decodes whose last step is in
 for from the next slot on, so that its shape leaves room for them. The window also looks behind:
 what the last slots took beyond their share is deducted. Otherwise replanning at every slot would
 spend in each slot the slack of the whole window.
+
+Why decodes are planned for ahead: docs/decisions/0013-slots-leave-room-for-chunks.md.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThresholdRule:
-    """Limits and gains, settled by experiment (decision 0014)."""
+    """Limits and gains, settled by experiment (docs/decisions/0014-threshold.md)."""
 
     min_value: float = 0.2
     max_value: float = 0.85
