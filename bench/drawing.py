@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from services.unet_worker.backends.eager import EagerBackend
+from services.unet_worker.backends.protocol import Backend
 from services.unet_worker.denoising.denoiser import Denoiser, FinishedLatents
-from services.unet_worker.families.loading import DiffusionModel
+from services.unet_worker.families.protocol import Family
 from services.vae_worker.model import Decoder
 from shared.guidance_skip import SkipParameters
 from shared.messages import HeldRequest, ImageParameters, SlotRow
@@ -63,23 +65,26 @@ class Studio:
     """A denoiser and a decoder on the default size of the model.
 
     Args:
-        model: To denoise with.
+        family: To denoise with.
         decoder: To decode with.
         folder: The model's.
         levels: What `Drawing.level` may be.
+        backend: To run forwards with; None runs them as diffusers does.
     """
 
     def __init__(
         self,
-        model: DiffusionModel,
+        family: Family,
         decoder: Decoder,
         folder: Path,
         levels: Mapping[str, SkipParameters | None],
+        backend: Backend | None = None,
     ) -> None:
         self._decoder = decoder
         self._model_id = folder.name
-        self._height, self._width = model.facts.default_height, model.facts.default_width
-        self._denoiser = Denoiser(model, max_requests=MAX_DRAWINGS, skip_levels=levels)
+        self._height, self._width = family.facts.default_height, family.facts.default_width
+        backend = backend or EagerBackend(family)
+        self._denoiser = Denoiser(family, backend, max_requests=MAX_DRAWINGS, skip_levels=levels)
 
     def denoise(self, drawings: Sequence[Drawing]) -> list[FinishedLatents]:
         """The latents of each drawing, in order."""

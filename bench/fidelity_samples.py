@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.drawing import Case, Drawing, Studio, anywhere
 from bench.picture_metrics import foreground_psnr_db, gmsd, psnr_db, ssim
 from cli.stack import EMBEDDED_MODEL
-from services.unet_worker.families.loading import load_model
+from services.unet_worker.families.loading import load_family
 from services.vae_worker.model import load_decoder
 from shared.guidance_skip import SKIP_LEVELS, SkipParameters
 from training.retrieval import REFERENCE_SIZE, References, load_references
@@ -61,7 +61,7 @@ def open_studio() -> Studio:
         if parameters:
             levels[f"{name}_random"] = anywhere(parameters)
     return Studio(
-        load_model(EMBEDDED_MODEL, dtype="float32"),
+        load_family(EMBEDDED_MODEL, dtype="float32"),
         load_decoder(EMBEDDED_MODEL, dtype="float32"),
         EMBEDDED_MODEL,
         levels,

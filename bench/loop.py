@@ -23,9 +23,9 @@ from bench.report import spread, write_report
 from bench.side_by_side import child_environment
 from cli.private_stack import private_stack
 from cli.stack import EMBEDDED_MODEL, WORKER_ENVIRONMENT
-from services.unet_worker.backends.cpu.prepare import prepare_unet
+from services.unet_worker.backends.choice import choose_backend
 from services.unet_worker.denoising.denoiser import Denoiser, FinishedLatents
-from services.unet_worker.families.loading import load_model
+from services.unet_worker.families.loading import load_family
 from services.vae_worker.decoding import Granularity, decode_chunks, plan_chunks
 from services.vae_worker.image_encoder import encode_image
 from services.vae_worker.model import load_decoder
@@ -74,21 +74,23 @@ class BareLoop:
 
     def __init__(self) -> None:
         torch.set_num_threads(available_threads())
-        self._model = load_model(EMBEDDED_MODEL)
-        prepare_unet(self._model)
+        self._family = load_family(EMBEDDED_MODEL)
+        self._backend = choose_backend(self._family)
+        self._backend.prepare()
         self._decoder = load_decoder(EMBEDDED_MODEL)
-        facts = self._model.facts
+        facts = self._family.facts
+        factor = self._family.latents_format.vae_scale_factor
         self.size = (facts.default_height, facts.default_width)
         self._plan = plan_chunks(
             self._decoder.vae,
-            facts.default_height // facts.vae_scale_factor,
-            facts.default_width // facts.vae_scale_factor,
+            facts.default_height // factor,
+            facts.default_width // factor,
             granularity=Granularity(num_chunks=1),
         )
 
     def run(self, requests: Sequence[ImageParameters]) -> float:
         """Seconds to make all pictures, in slots of `MAX_ROWS` rows, oldest first."""
-        denoiser = Denoiser(self._model, max_requests=RESIDENT)
+        denoiser = Denoiser(self._family, self._backend, max_requests=RESIDENT)
         waiting = deque(enumerate(requests))
         steps: dict[str, int] = {}
         start = time.perf_counter()

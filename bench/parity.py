@@ -22,9 +22,10 @@ from PIL import Image
 from bench.report import spread, write_report
 from cli.private_stack import private_stack
 from cli.stack import EMBEDDED_MODEL
+from services.unet_worker.backends.eager import EagerBackend
 from services.unet_worker.denoising.denoiser import Denoiser
 from services.unet_worker.denoising.samplers import SAMPLERS
-from services.unet_worker.families.loading import load_model
+from services.unet_worker.families.loading import load_family
 from services.vae_worker.image_encoder import to_pixels
 from services.vae_worker.model import load_decoder
 from shared.messages import ImageParameters, SlotRow
@@ -135,11 +136,18 @@ async def _run_stack(
         return list(together), [await _generate(session, case) for case in cases[:num_alone]]
 
 
+def _differences(alone: Sequence[Pixels], together: Sequence[Pixels]) -> list[int]:
+    """Return the largest difference of each picture alone to the same among others."""
+    return [
+        int(np.abs(picture - other).max()) for picture, other in zip(alone, together, strict=False)
+    ]
+
+
 def _bfloat16_psnr_db(reference: Reference, cases: Sequence[Case]) -> list[float]:
     """PSNR of UNet and VAE in bfloat16 against the float32 pipeline, a value per case."""
-    model = load_model(EMBEDDED_MODEL, dtype="bfloat16")
+    family = load_family(EMBEDDED_MODEL, dtype="bfloat16")
     decoder = load_decoder(EMBEDDED_MODEL, dtype="bfloat16")
-    denoiser = Denoiser(model)
+    denoiser = Denoiser(family, EagerBackend(family))
     values = []
     for number, case in enumerate(cases):
         fields = {**asdict(case), "guidance_skip": "off", "model": EMBEDDED_MODEL.name}
@@ -164,7 +172,8 @@ def run(
 
     Returns: `requests`; `max_diff_8bit`, the largest difference of any channel of any pixel to
     `StableDiffusionPipeline`'s picture; `neighbours_max_diff_8bit`, the same between a request
-    among others and alone; `bf16_psnr_db`, median PSNR of bfloat16 against float32.
+    among others and alone, in float32; `default_dtype_neighbours_max_diff_8bit`, the same in the
+    dtype that workers choose here; `bf16_psnr_db`, median PSNR of bfloat16 against float32.
     """
     count, num_alone, num_bf16 = (18, 4, 1) if quick else (100, 12, 4)
     torch.set_num_threads(available_threads())
@@ -176,6 +185,12 @@ def run(
     )
     with private_stack("--dtype", "float32") as url:
         together, alone = asyncio.run(_run_stack(url, cases, num_alone=num_alone, seed=seed))
+    neighbours = _differences(alone, together)
+    with private_stack() as url:
+        together_by_default, alone_by_default = asyncio.run(
+            _run_stack(url, cases[: 3 * num_alone], num_alone=num_alone, seed=seed)
+        )
+    default_neighbours = _differences(alone_by_default, together_by_default)
     reference = Reference()
     differences = []
     for case, picture in zip(cases, together, strict=True):
@@ -183,9 +198,6 @@ def run(
         print(
             f"{case.sampler:16} {case.num_inference_steps:3} steps: {differences[-1]}", flush=True
         )
-    neighbours = [
-        int(np.abs(one - other).max()) for one, other in zip(alone, together, strict=False)
-    ]
     short = [replace(case, num_inference_steps=10, sampler="ddim") for case in cases[:num_bf16]]
     psnr_db = _bfloat16_psnr_db(reference, short)
     write_report(
@@ -196,6 +208,7 @@ def run(
                 for case, difference in zip(cases, differences, strict=True)
             ],
             "neighbours_max_diff_8bit": neighbours,
+            "default_dtype_neighbours_max_diff_8bit": default_neighbours,
             "bf16_psnr_db": psnr_db,
         },
     )
@@ -203,5 +216,6 @@ def run(
         "requests": count,
         "max_diff_8bit": max(differences),
         "neighbours_max_diff_8bit": max(neighbours),
+        "default_dtype_neighbours_max_diff_8bit": max(default_neighbours),
         "bf16_psnr_db": round(spread(psnr_db)["median"], 2),
     }

@@ -21,6 +21,7 @@ import torch
 
 from cli.stack import WORKER_ENVIRONMENT
 from shared.device import DtypeName
+from shared.messages import ImageParameters
 
 TIMEOUT_S = 300.0
 
@@ -210,29 +211,28 @@ def _vae_side(model: Path, device: str, dtype: DtypeName, num_chunks: int) -> _V
 
 class _UnetSide:
     def __init__(self, model: Path, device: str, dtype: DtypeName) -> None:
-        from services.unet_worker.backends.cpu.prepare import prepare_unet  # noqa: PLC0415
-        from services.unet_worker.families.loading import load_model  # noqa: PLC0415
-        from services.unet_worker.families.text_encoder import TextEncoder  # noqa: PLC0415
+        from services.unet_worker.backends.choice import choose_backend  # noqa: PLC0415
+        from services.unet_worker.families.loading import load_family  # noqa: PLC0415
 
-        self._model = load_model(model, device=device, dtype=dtype)
-        prepare_unet(self._model)
-        self._encoder = TextEncoder(self._model.pipeline, device=self._model.device, max_cached=0)
-        self._inputs: tuple[torch.Tensor, ...] = ()
+        self._family = load_family(model, device=device, dtype=dtype)
+        self._backend = choose_backend(self._family)
+        self._backend.prepare()
+        self._num_prompts = 0
+        self._inputs: tuple[Any, ...] = ()
 
     def prepare(self, task: Forward | str) -> None:
         """Make the inputs before the clock runs."""
+        from services.unet_worker.backends.measure import zero_inputs  # noqa: PLC0415
+
         if isinstance(task, str):
             return
-        facts, model = self._model.facts, self._model
-        factor = facts.vae_scale_factor
-        shape = (facts.latent_channels, task.height // factor, task.width // factor)
-        generator = torch.Generator().manual_seed(0)
-        embeds = torch.randn(task.rows, facts.max_tokens, facts.text_width, generator=generator)
+        zeros = zero_inputs(self._family, task.rows, task.height, task.width)
+        torch.manual_seed(0)
+        sample, _, conditions = zeros
         self._inputs = (
-            torch.randn(task.rows, *shape, generator=generator).to(model.device),
-            torch.full((task.rows,), 500.0, device=model.device),
-            embeds.to(model.device, model.dtype),
-            torch.zeros(task.rows, facts.timestep_cond_channels).to(model.device, model.dtype),
+            torch.randn_like(sample),
+            torch.full((task.rows,), 500.0, device=self._family.device),
+            {name: torch.randn_like(values) for name, values in conditions.items()},
         )
 
     @torch.inference_mode()
@@ -240,7 +240,7 @@ class _UnetSide:
         """Time one forward, then keep the chunks company."""
         begin = time.perf_counter()
         if isinstance(task, str):
-            self._encoder.encode([task])
+            self._encode(task)
             return Timing(seconds=time.perf_counter() - begin)
         self._forward()
         seconds = time.perf_counter() - begin
@@ -248,11 +248,29 @@ class _UnetSide:
             self._forward()
         return Timing(seconds=seconds)
 
-    def _forward(self) -> None:
-        from services.unet_worker.denoising.slot import predict_noise  # noqa: PLC0415
+    def _encode(self, prompt: str) -> None:
+        """Encode a prompt that is in no cache."""
+        self._num_prompts += 1
+        self._family.encode(
+            ImageParameters(
+                prompt=f"{prompt} {self._num_prompts}",
+                negative_prompt="",
+                seed=0,
+                height=0,
+                width=0,
+                num_inference_steps=1,
+                guidance_scale=1.0,
+                sampler="",
+                guidance_skip="off",
+                output_format="",
+                output_compression=0,
+                model="",
+            )
+        )
 
-        predict_noise(self._model, *self._inputs)
-        _synchronise(self._model.device)
+    def _forward(self) -> None:
+        self._backend.predict(*self._inputs)
+        self._backend.finish()
 
 
 class _VaeSide:

@@ -14,7 +14,7 @@ from bench.drawing import Case, Drawing, Studio
 from bench.picture_metrics import psnr_db
 from bench.report import percentile
 from services.scheduler.profile import SkipLevel
-from services.unet_worker.families.loading import load_model
+from services.unet_worker.families.loading import load_family
 from services.vae_worker.model import load_decoder
 from shared.device import DtypeName
 from shared.guidance_skip import SKIP_LEVELS
@@ -44,7 +44,7 @@ def measure_skip_levels(
     """
     torch.set_num_threads(threads)
     studio = Studio(
-        load_model(folder, device=device, dtype=dtype),
+        load_family(folder, device=device, dtype=dtype),
         load_decoder(folder, device=device, dtype=dtype),
         folder,
         SKIP_LEVELS,

@@ -27,7 +27,7 @@ from bench.skip_estimators import compare_estimators
 from bench.skip_replay import Replay, join, make_replay, replay
 from bench.trajectories import measure_gains, record
 from cli.stack import EMBEDDED_MODEL
-from services.unet_worker.families.loading import load_model
+from services.unet_worker.families.loading import load_family
 from services.vae_worker.model import load_decoder
 from shared.guidance_skip import SKIP_LEVELS, SkipParameters
 from shared.settings import available_threads
@@ -162,14 +162,14 @@ def _changed(parameters: SkipParameters, rng: random.Random) -> SkipParameters:
 
 def _record(cases: Sequence[Case]) -> tuple[Replay, dict[str, float]]:
     torch.set_num_threads(1)
-    model = load_model(EMBEDDED_MODEL, dtype="float32")
+    family = load_family(EMBEDDED_MODEL, dtype="float32")
     decoder = load_decoder(EMBEDDED_MODEL, dtype="float32")
-    trajectories = record(model, decoder, EMBEDDED_MODEL, cases)
+    trajectories = record(family, decoder, EMBEDDED_MODEL, cases)
     balanced = SKIP_LEVELS["balanced"]
     assert balanced is not None
     steps = np.unique(np.linspace(2, trajectories.num_steps - 1, GAIN_STEPS).round()).astype(int)
     gains = measure_gains(
-        model,
+        family,
         decoder,
         EMBEDDED_MODEL,
         trajectories.first(NUM_GAIN_CASES),
@@ -184,9 +184,9 @@ def _draw(
 ) -> dict[str, list[tuple[float, float]]]:
     """(rows saved, PSNR) of each case, by level."""
     torch.set_num_threads(1)
-    model = load_model(EMBEDDED_MODEL, dtype="float32")
+    family = load_family(EMBEDDED_MODEL, dtype="float32")
     decoder = load_decoder(EMBEDDED_MODEL, dtype="float32")
-    studio = Studio(model, decoder, EMBEDDED_MODEL, {"off": None, **levels})
+    studio = Studio(family, decoder, EMBEDDED_MODEL, {"off": None, **levels})
     full = studio.decode([one.latents for one in studio.denoise([Drawing(case=c) for c in cases])])
     found = {}
     for name in levels:

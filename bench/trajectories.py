@@ -8,15 +8,15 @@ that skip that step alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.drawing import Case, Drawing, Studio
-from services.unet_worker.families.loading import DiffusionModel
+from services.unet_worker.backends.eager import EagerBackend
+from services.unet_worker.families.protocol import Conditions, Family
 from services.vae_worker.model import Decoder
 from shared.guidance_skip import SkipParameters
 
@@ -54,27 +54,24 @@ class Trajectories:
         return self.text - self.uncond
 
 
-class _Recorder(nn.Module):
-    """A UNet that keeps what it says."""
+class _Recorder(EagerBackend):
+    """A backend that keeps what the network predicts."""
 
-    def __init__(self, unet: Any) -> None:
-        super().__init__()
-        self._unet = unet
+    def __init__(self, family: Family) -> None:
+        super().__init__(family)
         self.said: list[Tensor] = []
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The UNet's own output."""
-        output = self._unet(*args, **kwargs)
-        self.said.append(output[0].detach().float().cpu().contiguous())
-        return output
+    def predict(self, sample: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        """Return the network's prediction."""
+        prediction = super().predict(sample, timestep, conditions)
+        self.said.append(prediction.cpu())
+        return prediction
 
 
-def record(
-    model: DiffusionModel, decoder: Decoder, folder: Path, cases: Sequence[Case]
-) -> Trajectories:
+def record(family: Family, decoder: Decoder, folder: Path, cases: Sequence[Case]) -> Trajectories:
     """Run the cases in full, all in one batch; they share their sampler and number of steps."""
-    recorder = _Recorder(model.unet)
-    studio = Studio(replace(model, unet=recorder), decoder, folder, {"off": None})
+    recorder = _Recorder(family)
+    studio = Studio(family, decoder, folder, {"off": None}, recorder)
     finished = studio.denoise([Drawing(case=case) for case in cases])
     said = torch.stack(recorder.said)  # negative rows first
     return Trajectories(
@@ -86,7 +83,7 @@ def record(
 
 
 def measure_gains(
-    model: DiffusionModel,
+    family: Family,
     decoder: Decoder,
     folder: Path,
     full: Trajectories,
@@ -98,7 +95,7 @@ def measure_gains(
 
     level: skips anywhere, and reuses the last direction. Root mean square over the cases.
     """
-    studio = Studio(model, decoder, folder, {"off": None, "one": level})
+    studio = Studio(family, decoder, folder, {"off": None, "one": level})
     gains = {}
     for step in steps:
         drawings = [Drawing(case=case, level="one", skips=frozenset({step})) for case in full.cases]

@@ -11,6 +11,8 @@ from shared.errors import ConfigurationError
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
+_AMPERE = (8, 0)  # compute capability of the first GPUs with bfloat16
+
 
 def choose_device(name: str) -> torch.device:
     """The device that `name` means here.
@@ -38,7 +40,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
-    """The dtype that `name` means on `device`.
+    """Return the dtype that `name` means on `device`.
+
+    "auto" is bfloat16 where the processor multiplies it itself (GPUs from Ampere on, CPUs with
+    instructions for it), else float16 on a GPU and float32 on a CPU.
 
     Raises:
         ConfigurationError: No such dtype.
@@ -53,7 +58,8 @@ def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     if name != "auto":
         raise ConfigurationError(f"dtype {name!r} should be auto, {', '.join(names)}")
     if device.type == "cuda":
-        return torch.float16
+        is_ampere = torch.cuda.get_device_capability(device) >= _AMPERE
+        return torch.bfloat16 if is_ampere else torch.float16
     return torch.bfloat16 if _has_fast_bfloat16() else torch.float32
 
 

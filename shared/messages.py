@@ -144,6 +144,9 @@ class ModelInfo:
     default_sampler: str
     max_steps_by_sampler: dict[str, int] = field(default_factory=dict)
 
+    is_batch_invariant: bool = False
+    """Whether a seed gives the same bytes alone and among others."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerInfo:
@@ -271,6 +274,9 @@ class RequestAdmitted:
     warnings: tuple[str, ...] = ()
     step_index: int = 0
     num_skipped: int = 0
+
+    batch_key: str = ""
+    """What requests share whose rows can share a forward; means nothing but to their worker."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from shared.errors import ConfigurationError
 
-PIPELINE_CLASSES: Final = ("StableDiffusionPipeline",)
+PIPELINE_CLASSES: Final = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
 
 VARIANTS: Final = (None, "fp16", "bf16")
 """Of weight files, as in `model.fp16.safetensors`; the first that is there is loaded."""

@@ -43,3 +43,24 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_model import make_tiny_model  # noqa: PLC0415  torch, for those who ask for it
 
     return make_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tensors are computed on one thread."""
+    yield from _threads(1)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Tensors are computed on two threads."""
+    yield from _threads(2)
+
+
+def _threads(number: int) -> Iterator[None]:
+    import torch  # noqa: PLC0415  for those who ask for it
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    yield
+    torch.set_num_threads(before)

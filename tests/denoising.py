@@ -12,9 +12,10 @@ import torch
 from image_parameters import PARAMETERS
 from tiny_model import load_reference_pipeline
 
+from services.unet_worker.backends.eager import EagerBackend
 from services.unet_worker.denoising.denoiser import Denoiser, FinishedLatents
 from services.unet_worker.denoising.samplers import DEFAULT_SAMPLER, SAMPLERS
-from services.unet_worker.families.loading import load_model
+from services.unet_worker.families.loading import load_family
 from shared.messages import ImageParameters, SlotRow
 
 ATTEMPT = "1-1"
@@ -26,8 +27,9 @@ def parameters(**changes: Any) -> ImageParameters:
 
 
 def make_denoiser(folder: Path, **settings: Any) -> Denoiser:
-    """A denoiser in fp32 on the CPU."""
-    return Denoiser(load_model(folder, device="cpu", dtype="float32"), **settings)
+    """A denoiser in fp32 on the CPU, its forwards as diffusers runs them."""
+    family = load_family(folder, device="cpu", dtype="float32")
+    return Denoiser(family, EagerBackend(family), **settings)
 
 
 def next_rows(

@@ -181,8 +181,12 @@ def look(
 
 
 def _common_model(infos: Sequence[ModelInfo]) -> ModelInfo:
-    """What every UNet worker of a model can do."""
-    return replace(infos[0], max_side=min(info.max_side for info in infos))
+    """Return what every UNet worker of a model can do."""
+    return replace(
+        infos[0],
+        max_side=min(info.max_side for info in infos),
+        is_batch_invariant=all(info.is_batch_invariant for info in infos),
+    )
 
 
 def read_status(payload: bytes | None, written_at: float) -> Status | None:

@@ -91,6 +91,7 @@ def describe_model(model: SeenModel, settings: GatewaySettings) -> replies.Model
         id=model.info.model_id,
         created=int(model.first_seen_at),
         ready=model.is_ready,
+        batch_invariant=model.info.is_batch_invariant,
         samplers=list(limits.max_steps),
         sizes=replies.Sizes(
             default=size, multiple=model.info.side_multiple, max_side=limits.max_side

@@ -153,13 +153,18 @@ class ModelDefaults(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A model and what may be asked of it. ready: whether it has the workers it needs now."""
+    """A model and what may be asked of it.
+
+    ready: whether it has the workers it needs now. batch_invariant: whether the same request gives
+    the same bytes alone and among others, on every worker that it has now.
+    """
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "synerdiff"
     ready: bool
+    batch_invariant: bool
     samplers: list[str]
     guidance_skips: list[str] = ["off", "balanced", "fast"]
     output_formats: list[str] = ["png", "jpeg", "webp"]

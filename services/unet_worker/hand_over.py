@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from redis.asyncio import Redis
 
+from services.unet_worker.backends.protocol import Backend
 from services.unet_worker.denoising.denoiser import FinishedLatents
 from shared import codec, keys, metrics
 from shared.logs import get_logger
@@ -34,6 +35,7 @@ class HandOver:
         settings: Of the worker.
         pool: None hands everything over inline. The caller owns it.
         watchdog: Watches over copies into the pool.
+        backend: Lets these run beside the slots that follow.
     """
 
     def __init__(
@@ -42,8 +44,11 @@ class HandOver:
         link: WorkerLink,
         settings: UnetWorkerSettings,
         pool: TensorPool | None,
+        *,
         watchdog: Watchdog,
+        backend: Backend,
     ) -> None:
+        self._backend = backend
         self._watchdog = watchdog
         self._redis = redis
         self._link = link
@@ -117,9 +122,7 @@ class HandOver:
         if slot is None or latents.nbytes <= self._settings.inline_copy_kb << 10:
             inline_key = keys.latents(finished.request_id, finished.attempt)
         if self._pool and slot is not None:
-            publish = partial(
-                self._pool.publish, slot, latents, now=time.monotonic(), inline_key=inline_key
-            )
+            publish = partial(self._publish, self._pool, slot, latents, inline_key)
             handle = await run_beside(
                 self._watchdog, "a hand-over", publish, within_s=self._settings.max_call_s
             )
@@ -150,6 +153,13 @@ class HandOver:
         del self._finished[finished.request_id]
         self._link.post(message)
         self._link.nudge()
+
+    def _publish(
+        self, pool: TensorPool, slot: int, latents: torch.Tensor, inline_key: str
+    ) -> TensorHandle:
+        """Copy latents into the pool and return their handle; runs beside the compute thread."""
+        with self._backend.handing_over():
+            return pool.publish(slot, latents, now=time.monotonic(), inline_key=inline_key)
 
     async def _leave_inline_copy(self, message: LatentsFinished, latents: torch.Tensor) -> None:
         """So that no worker's death costs a finished denoising."""

@@ -9,20 +9,19 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-import torch
 from redis.asyncio import Redis
 
-from services.unet_worker.backends.cpu.giving_way import GivingWay
-from services.unet_worker.backends.cpu.prepare import prepare_unet
+from services.unet_worker.backends.choice import choose_backend
+from services.unet_worker.backends.protocol import Backend
 from services.unet_worker.denoising.denoiser import Admission, Denoiser, SlotResult
 from services.unet_worker.denoising.isolation import run_isolated
 from services.unet_worker.denoising.resume import find_state, leave_state
 from services.unet_worker.denoising.samplers import DEFAULT_SAMPLER
-from services.unet_worker.families.loading import DiffusionModel, load_model
+from services.unet_worker.families.loading import load_family
+from services.unet_worker.families.protocol import Family
 from services.unet_worker.hand_over import HandOver
 from shared import keys, metrics
 from shared.cuda_ipc import gpu_ipc
-from shared.device import finish_work
 from shared.device_lock import alone_on
 from shared.errors import ProtocolError, SynerDiffError
 from shared.logs import get_logger
@@ -82,12 +81,11 @@ class UnetWorkerService:
         self._link = WorkerLink(redis, make_incarnation(worker_id), settings, self._watchdog)
         self._compute = ComputeThread(self._threads, self._watchdog)
         self._patience: Patience
-        self._device: torch.device
+        self._backend: Backend
         self._denoiser: Denoiser
         self._pool: TensorPool | None = None
         self._slots: deque[DenoiseSlot] = deque()
         self._hand_over: HandOver
-        self._giving_way: GivingWay
         self._epoch = 0
 
     def stop(self) -> None:
@@ -129,36 +127,46 @@ class UnetWorkerService:
         """Load the model, warm it up and measure slots; runs in the compute thread."""
         settings = self._settings
         check_model_folder(settings.model)
-        model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
-        self._device = model.device
-        self._denoiser = Denoiser(
-            model, max_requests=settings.max_requests, max_side=settings.max_side
+        family = load_family(settings.model, device=settings.device, dtype=settings.dtype)
+        self._backend = choose_backend(
+            family,
+            splits_rows=settings.split_rows,
+            has_chunks_beside=self._has_chunks_beside,
         )
-        model.forward.splits_rows = settings.split_rows
-        is_recorded = prepare_unet(model, settings.sizes_to_warm_up)
-        log.info("loaded", device=str(model.device), is_recorded=is_recorded)
-        step_ms = self._denoiser.measure(PROFILE_ROWS)
-        facts = model.facts
+        self._denoiser = Denoiser(
+            family, self._backend, max_requests=settings.max_requests, max_side=settings.max_side
+        )
+        is_prepared = self._backend.prepare(settings.sizes_to_warm_up)
+        log.info("loaded", device=str(family.device), is_prepared=is_prepared)
+        stopwatch = self._denoiser.stopwatch
+        step_ms = stopwatch.measure(PROFILE_ROWS)
+        facts = family.facts
         self._patience = Patience(settings.max_call_s, facts.default_height * facts.default_width)
         for rows, ms in step_ms.items():
             self._patience.learn(ms / 1000, rows=rows)
-        self._denoiser.warm_up(settings.sizes_to_warm_up, tuple(step_ms))
+        stopwatch.warm_up(settings.sizes_to_warm_up, tuple(step_ms))
         if settings.transport == "auto":
             self._pool = TensorPool(
                 self._link.incarnation,
                 num_slots=settings.pool_slots,
                 slot_bytes=settings.pool_slot_kb << 10,
                 timeout_s=settings.latents_ttl_s,
-                ipc=gpu_ipc(model.device),
+                ipc=gpu_ipc(family.device),
             )
-        self._hand_over = HandOver(self._redis, self._link, settings, self._pool, self._watchdog)
-        self._giving_way = GivingWay(self._has_chunks_beside)
+        self._hand_over = HandOver(
+            self._redis,
+            self._link,
+            settings,
+            self._pool,
+            watchdog=self._watchdog,
+            backend=self._backend,
+        )
         place = find_place(
-            model.device,
+            family.device,
             device_group=settings.device_group,
             shares_host=settings.transport == "auto",
         )
-        info = self._describe(settings.model.resolve().name, model)
+        info = self._describe(settings.model.resolve().name, family)
         return WorkerInfo(
             worker_id=self._worker_id,
             incarnation=self._link.incarnation,
@@ -167,7 +175,7 @@ class UnetWorkerService:
             host=place.host,
             device=place.device,
             runs_side_by_side=place.runs_side_by_side,
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=str(family.dtype).removeprefix("torch."),
             threads=self._threads,
             max_requests=settings.max_requests,
             model_id=info.model_id,
@@ -180,21 +188,23 @@ class UnetWorkerService:
     def _has_chunks_beside(self) -> bool:
         return bool(self._pool and self._pool.has_chunks_beside(time.monotonic_ns()))
 
-    def _describe(self, name: str, model: DiffusionModel) -> ModelInfo:
-        facts, samplers = model.facts, self._denoiser.samplers
+    def _describe(self, name: str, family: Family) -> ModelInfo:
+        facts, latents = family.facts, family.latents_format
+        samplers = self._denoiser.samplers
         return ModelInfo(
             model_id=name,
-            latent_channels=facts.latent_channels,
-            vae_scale_factor=facts.vae_scale_factor,
+            latent_channels=latents.channels,
+            vae_scale_factor=latents.vae_scale_factor,
             default_height=facts.default_height,
             default_width=facts.default_width,
             side_multiple=facts.side_multiple,
             max_side=self._settings.max_side,
-            max_prompt_tokens=facts.max_tokens - 2,
+            max_prompt_tokens=facts.max_prompt_tokens,
             prediction_type=facts.prediction_type,
             samplers=samplers.names,
             default_sampler=DEFAULT_SAMPLER,
             max_steps_by_sampler=samplers.max_steps,
+            is_batch_invariant=self._backend.is_batch_invariant,
         )
 
     # --- messages -------------------------------------------------------------------------------
@@ -281,6 +291,7 @@ class UnetWorkerService:
                 attempt=command.attempt,
                 num_forwards=admission.num_forwards,
                 is_guided=admission.is_guided,
+                batch_key=admission.batch_key,
                 warnings=admission.warnings,
                 step_index=step_index,
                 num_skipped=admission.num_skipped,
@@ -345,7 +356,7 @@ class UnetWorkerService:
             self._pool.set_running_seq(slot.seq)
         pixels = self._denoiser.pixels_of(slot.rows)
         run = partial(
-            self._giving_way.run,
+            self._backend.run,
             partial(run_isolated, self._denoiser.run, slot.rows),
             threads=slot.threads,
             shape=slot.shape if slot.threads else NO_ROOM,
@@ -398,10 +409,10 @@ class UnetWorkerService:
             RuntimeError: A GPU's context is lost. The worker ends by it, and another process can do
                 what this one would only fail.
         """
-        await self._call("a look at the device", partial(finish_work, self._device))
+        await self._call("a look at the device", self._backend.finish)
 
     async def _call(self, what: str, call: Callable[[], T]) -> T:
-        """A call that is no forward."""
+        """Return the result of a call that is no forward."""
         return await self._compute.run(what, call, within_s=self._patience.within_s())
 
     def _observe(self, result: SlotResult, duration_s: float) -> None:
@@ -414,7 +425,7 @@ class UnetWorkerService:
     async def _measure(self, command: MeasureSlot) -> None:
         """Time dummy rows; no request is touched."""
         measure = partial(
-            self._denoiser.measure_for,
+            self._denoiser.stopwatch.measure_for,
             command.window_ms / 1000,
             rows=command.rows,
             size=(command.height, command.width),

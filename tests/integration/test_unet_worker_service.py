@@ -157,7 +157,7 @@ async def test_a_worker_whose_gpu_is_lost_ends_instead_of_failing_requests(
             # The device works, so it is the request's own fault.
             assert (await desk.denoise(0, "r")).failures
             await desk.admit("s")
-            monkeypatch.setattr("services.unet_worker.service.finish_work", fail)
+            monkeypatch.setattr("services.unet_worker.backends.eager.finish_work", fail)
             answer = asyncio.create_task(desk.denoise(0, "s"))
             await asyncio.wait({task, answer}, return_when=asyncio.FIRST_COMPLETED)
             assert not answer.done()

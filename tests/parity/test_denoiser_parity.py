@@ -26,7 +26,7 @@ from shared.messages import ImageParameters
 ONE_LEVEL = 1 / 255
 FALLBACKS = ("PNDMScheduler", "HeunDiscreteScheduler", "UniPCMultistepScheduler")
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(

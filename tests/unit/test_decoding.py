@@ -26,9 +26,7 @@ STRIP_TOLERANCE = 5e-5
 BF16_TOLERANCE_DB = 0.2
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def decode(vae, latents: Tensor, granularity: Granularity) -> Tensor:
@@ -47,10 +45,22 @@ def decode(vae, latents: Tensor, granularity: Granularity) -> Tensor:
     ],
 )
 def test_layer_chunks_give_the_bits_of_the_whole_decode(dtype, memory_format, num_threads):
-    torch.set_num_threads(num_threads)
     vae = make_vae(dtype=dtype, memory_format=memory_format)
     latents = make_latents(vae, 5, 7, batch=2)
-    assert torch.equal(decode(vae, latents, LAYERS), whole_decode(vae, latents))
+    expected = whole_decode(vae, latents)
+    torch.set_num_threads(num_threads)
+    assert torch.equal(decode(vae, latents, LAYERS), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("granularity", [LAYERS, Granularity(max_strip_fraction=0.02)])
+def test_a_picture_is_the_same_on_any_number_of_threads(dtype, granularity):
+    vae = make_vae(dtype=dtype)
+    latents = make_latents(vae, 13, 11)
+    image = decode(vae, latents, granularity)
+    for num_threads in (2, 3):
+        torch.set_num_threads(num_threads)
+        assert torch.equal(decode(vae, latents, granularity), image)
 
 
 @pytest.mark.parametrize("num_chunks", [1, 4, 8])

@@ -18,16 +18,18 @@ from denoising import (
     parameters,
 )
 
+from services.unet_worker.backends.choice import choose_backend
+from services.unet_worker.backends.eager import EagerBackend
 from services.unet_worker.denoising import slot
 from services.unet_worker.denoising.denoiser import Denoiser
 from services.unet_worker.denoising.guidance import GuidanceRecord, extrapolation_weights
 from services.unet_worker.denoising.samplers import SAMPLERS
-from services.unet_worker.families.loading import load_model
+from services.unet_worker.families.loading import load_family
 from shared.errors import ConfigurationError, InvalidRequestError, OverloadedError, ProtocolError
 from shared.guidance_skip import SKIP_LEVELS, SkipParameters
 from shared.messages import SlotRow
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL: dict[str, Any] = {"height": 32, "width": 32}
 
@@ -47,7 +49,7 @@ def denoiser(shared_denoiser: Denoiser) -> Denoiser:
 
 @pytest.fixture(scope="module")
 def other_denoiser(shared_denoiser: Denoiser) -> Denoiser:
-    return Denoiser(shared_denoiser._model, max_steps=20)
+    return Denoiser(shared_denoiser._family, shared_denoiser._backend, max_steps=20)
 
 
 def _row(
@@ -244,7 +246,7 @@ def test_a_slot_that_runs_out_of_memory_may_be_tried_again(
         denoiser.draw_ahead(1)
         with monkeypatch.context() as patch:
             if where == "the UNet":
-                patch.setattr(denoiser._model.unet, "forward", fail)
+                patch.setattr(denoiser._family.network, "forward", fail)
             else:
                 patch.setattr(slot, "PoolUpdate", fail)
             with pytest.raises(torch.OutOfMemoryError):
@@ -261,15 +263,15 @@ def _skipped_by_hand(
     """DDIM of a single request with extrapolated guidance, step by step in plain code."""
     parameters_ = SKIP_LEVELS["balanced"]
     assert parameters_ is not None
-    model = denoiser._model
-    positive, negative = denoiser.text_encoder.encode(["a red cat", "dog"])
+    family: Any = denoiser._family
+    positive, negative = (family.prompt_encoder.encode(text) for text in ("a red cat", "dog"))
     scheduler = denoiser.samplers.instance("ddim", num_steps)
     x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     kept: list[tuple[int, torch.Tensor]] = []
     for i, timestep in enumerate(scheduler.timesteps):
-        text = model.unet(x, timestep, positive.embeds[None]).sample
+        text = family.unet(x, timestep, positive.embeds[None]).sample
         if i in full_steps:
-            uncond = model.unet(x, timestep, negative.embeds[None]).sample
+            uncond = family.unet(x, timestep, negative.embeds[None]).sample
             kept = [*kept[-1:], (i, text - uncond)]
             eps = uncond + guidance_scale * (text - uncond)
         else:
@@ -328,7 +330,7 @@ def test_the_measured_error_is_that_of_the_extrapolation(denoiser: Denoiser) -> 
     assert level is not None
     denoiser.admit("a", ATTEMPT, request)
     said: list[torch.Tensor] = []
-    hook = denoiser._model.unet.register_forward_hook(lambda *call: said.append(call[-1][0]))
+    hook = denoiser._family.network.register_forward_hook(lambda *call: said.append(call[-1]))
     errors = [denoiser.run(next_rows(denoiser)).rows[0].skip_error for _ in range(4)]
     hook.remove()
     directions = [text - uncond for uncond, text in said]
@@ -405,7 +407,8 @@ def test_a_bfloat16_picture_is_close_to_the_float32_one(
 ) -> None:
     request = parameters(num_inference_steps=10, sampler="dpmpp_2m", **SMALL)
     expected = denoise_alone(denoiser, request).latents
-    half = Denoiser(load_model(tiny_model_folder, device="cpu", dtype="bfloat16"))
+    family = load_family(tiny_model_folder, device="cpu", dtype="bfloat16")
+    half = Denoiser(family, EagerBackend(family))
     latents = denoise_alone(half, request).latents
     assert latents.dtype == torch.float32
     assert _psnr(latents, expected) > 30
@@ -417,7 +420,10 @@ def test_a_bfloat16_picture_is_close_to_the_float32_one(
 def test_a_gpu_makes_the_cpus_pictures(
     denoiser: Denoiser, tiny_model_folder: Path, dtype: Any, least_psnr: float
 ) -> None:
-    on_gpu = Denoiser(load_model(tiny_model_folder, device="cuda", dtype=dtype))
+    family = load_family(tiny_model_folder, device="cuda", dtype=dtype)
+    backend = choose_backend(family)
+    assert backend.prepare([(32, 32)])
+    on_gpu = Denoiser(family, backend)
     requests = {
         sampler: parameters(
             sampler=sampler, num_inference_steps=8, guidance_skip="balanced", **SMALL
@@ -437,7 +443,7 @@ def test_levels_of_skipping_can_be_set_for_a_sweep(denoiser: Denoiser) -> None:
     every_other = SkipParameters(
         warm_up=0.0, first_gap=0.17, gap_growth=0.0, max_gap=0.17, max_error=1e9
     )
-    swept = Denoiser(denoiser._model, skip_levels={"every other": every_other})
+    swept = Denoiser(denoiser._family, denoiser._backend, skip_levels={"every other": every_other})
     request = parameters(guidance_skip="every other", num_inference_steps=12, **SMALL)
     assert denoise_alone(swept, request, skip=True).skipped_steps == (2, 4, 6, 8, 10)
     with pytest.raises(InvalidRequestError, match="every other"):
@@ -445,12 +451,12 @@ def test_levels_of_skipping_can_be_set_for_a_sweep(denoiser: Denoiser) -> None:
 
 
 def test_measuring_gives_milliseconds_by_rows(denoiser: Denoiser) -> None:
-    denoiser.warm_up([(32, 32), (48, 32)], [1, 2])
-    measured = denoiser.measure([1, 4], size=(32, 32), num_repeats=2)
+    denoiser.stopwatch.warm_up([(32, 32), (48, 32)], [1, 2])
+    measured = denoiser.stopwatch.measure([1, 4], size=(32, 32), num_repeats=2)
     assert measured.keys() == {1, 4}
     assert all(0 < milliseconds < 60_000 for milliseconds in measured.values())
 
 
 def test_a_size_to_warm_up_that_the_model_cannot_draw_is_refused(denoiser: Denoiser) -> None:
     with pytest.raises(ConfigurationError, match="33x32: both sides must be multiples of"):
-        denoiser.warm_up([(32, 33)], [1])
+        denoiser.stopwatch.warm_up([(32, 33)], [1])

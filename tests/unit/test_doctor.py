@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from cli import diagnosis, machine
 from cli.__main__ import app
 from cli.diagnosis import Choices, Diagnosis, Finding, Gpu
-from services.unet_worker.families.loading import choose_dtype
+from shared.device import choose_dtype
 
 MIB = 1 << 20
 CHOICES = Choices(device="cpu", dtype="float32", threads=2, transport="shm")

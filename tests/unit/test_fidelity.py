@@ -11,12 +11,12 @@ import torch
 
 from bench.drawing import Case, Drawing, Studio, anywhere
 from bench.fidelity import CELLS, _read, choose_prompts, summarise
-from services.unet_worker.families.loading import load_model
+from services.unet_worker.families.loading import load_family
 from services.vae_worker.model import load_decoder
 from shared.guidance_skip import SKIP_LEVELS
 from training.retrieval import load_references
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 REFERENCES = load_references(Path("models/emoji"))
 
@@ -70,7 +70,7 @@ def studio(tiny_model_folder: Path) -> Studio:
     balanced = SKIP_LEVELS["balanced"]
     assert balanced is not None
     return Studio(
-        load_model(folder, device="cpu", dtype="float32"),
+        load_family(folder, device="cpu", dtype="float32"),
         load_decoder(folder, device="cpu", dtype="float32"),
         folder,
         {**SKIP_LEVELS, "anywhere": anywhere(balanced)},

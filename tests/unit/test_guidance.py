@@ -23,7 +23,7 @@ from services.unet_worker.denoising.guidance import (
 )
 from shared.guidance_skip import SKIP_LEVELS, SkipParameters
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BALANCED = SKIP_LEVELS["balanced"]
 assert BALANCED is not None

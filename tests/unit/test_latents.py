@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,31 +12,29 @@ from denoising import parameters
 
 from services.unet_worker.denoising.coefficients import COLUMNS, CoefficientTable
 from services.unet_worker.denoising.latents import (
-    BatchKey,
-    Conditions,
     LatentStore,
     NoiseSource,
     Resident,
 )
-from services.unet_worker.families.loading import DiffusionModel, load_model
+from services.unet_worker.families.loading import load_family
+from services.unet_worker.families.protocol import Encoding, Family, InitialState
 from shared.errors import OverloadedError
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPE = (1, 4, 8, 8)
-KEY = BatchKey(latent_height=8, latent_width=8, num_tokens=16)
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model_folder: Path) -> DiffusionModel:
-    return load_model(tiny_model_folder, device="cpu", dtype="float32")
+def family(tiny_model_folder: Path) -> Family:
+    return load_family(tiny_model_folder, device="cpu", dtype="float32")
 
 
-def _store(model: DiffusionModel, max_requests: int = 64) -> LatentStore:
-    return LatentStore(model, max_requests=max_requests, max_forwards=10)
+def _store(family: Family, max_requests: int = 64) -> LatentStore:
+    return LatentStore(family, max_requests=max_requests, max_forwards=10)
 
 
-def _add(store: LatentStore, seed: int, key: BatchKey = KEY) -> Resident:
+def _add(store: LatentStore, seed: int, shape: tuple[int, int, int, int] = SHAPE) -> Resident:
     table = CoefficientTable(
         rows=torch.full((3, len(COLUMNS)), float(seed)),
         draws_noise=(False,) * 3,
@@ -52,13 +49,14 @@ def _add(store: LatentStore, seed: int, key: BatchKey = KEY) -> Resident:
         table=table,
         is_guided=True,
         skip_parameters=None,
-        noise=NoiseSource(seed, (1, 4, key.latent_height, key.latent_width), 0),
+        noise=NoiseSource(seed, shape, 0),
     )
     embeds = torch.full((16, 32), float(seed))
-    conditions = Conditions(
-        negative_prompt_embeds=-embeds, prompt_embeds=embeds, timestep_cond=torch.empty(0)
+    encoding = Encoding(
+        negative={"prompt_embeds": -embeds}, positive={"prompt_embeds": embeds}, warnings=()
     )
-    store.add(resident, key, conditions)
+    state = InitialState(latents=2.0 * resident.noise.initial[0], step_index=0)
+    store.add(resident, str(shape), state, encoding)
     return resident
 
 
@@ -66,8 +64,8 @@ def _assert_intact(resident: Resident) -> None:
     pool, row, seed = resident.pool, resident.row, resident.parameters.seed
     assert pool.residents[row] is resident
     assert torch.equal(pool.latents[row], 2.0 * resident.noise.initial[0])
-    assert (pool.prompt_embeds[row, 0] == -seed).all()
-    assert (pool.prompt_embeds[row, 1] == seed).all()
+    assert (pool.conditions["prompt_embeds"][row, 0] == -seed).all()
+    assert (pool.conditions["prompt_embeds"][row, 1] == seed).all()
     assert (pool.schedule[row, :3] == seed).all()
     assert pool.guidance_scale[row] == seed
 
@@ -118,8 +116,8 @@ def test_drawing_ahead_in_another_thread_changes_nothing() -> None:
     assert all(torch.equal(tensor, _take(expected)) for tensor in taken)
 
 
-def test_rows_survive_a_pool_that_grows_and_shrinks(model: DiffusionModel) -> None:
-    store, chance = _store(model), random.Random(0)
+def test_rows_survive_a_pool_that_grows_and_shrinks(family: Family) -> None:
+    store, chance = _store(family), random.Random(0)
     held: list[Resident] = []
     sizes = set()
     for target in (20, 3, 33, 1, 12):
@@ -137,20 +135,20 @@ def test_rows_survive_a_pool_that_grows_and_shrinks(model: DiffusionModel) -> No
     assert len(sizes) > 3
 
 
-def test_each_batch_key_has_its_pool_and_empty_pools_go(model: DiffusionModel) -> None:
-    store = _store(model)
+def test_each_batch_key_has_its_pool_and_empty_pools_go(family: Family) -> None:
+    store = _store(family)
     first = _add(store, 1)
-    second = _add(store, 2, replace(KEY, latent_width=12))
+    second = _add(store, 2, (1, 4, 8, 12))
     assert first.pool is not second.pool
     assert second.pool.latents.shape[1:] == (4, 8, 12)
     old_pool = first.pool
     store.release("r1")
-    _add(store, 3, replace(KEY, latent_height=4))
+    _add(store, 3, (1, 4, 4, 8))
     assert _add(store, 4).pool is not old_pool
 
 
-def test_a_full_store_refuses_and_stays_as_it_is(model: DiffusionModel) -> None:
-    store = _store(model, max_requests=2)
+def test_a_full_store_refuses_and_stays_as_it_is(family: Family) -> None:
+    store = _store(family, max_requests=2)
     held = [_add(store, 1), _add(store, 2)]
     with pytest.raises(OverloadedError):
         _add(store, 3)
@@ -160,8 +158,8 @@ def test_a_full_store_refuses_and_stays_as_it_is(model: DiffusionModel) -> None:
     _add(store, 3)
 
 
-def test_another_attempts_release_changes_nothing(model: DiffusionModel) -> None:
-    store = _store(model)
+def test_another_attempts_release_changes_nothing(family: Family) -> None:
+    store = _store(family)
     resident = _add(store, 1)
     assert not store.release("r1", "1-2")
     assert store.get("r1", "1-1") is resident

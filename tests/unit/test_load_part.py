@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.unet_worker.families.loading import load_model
+from services.unet_worker.families.loading import load_family
 from services.vae_worker.model import load_decoder
 from shared.errors import ConfigurationError
 
@@ -30,7 +30,7 @@ def folder(tiny_model_folder: Path, tmp_path: Path) -> Path:
 
 
 def load(folder: Path, part: str, dtype: str = "float32") -> None:
-    loader = load_decoder if part == "vae" else load_model
+    loader = load_decoder if part == "vae" else load_family
     loader(folder, device="cpu", dtype=dtype)  # type: ignore[operator]
 
 

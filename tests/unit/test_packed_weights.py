@@ -12,11 +12,12 @@ import torch
 from torch.testing import assert_close
 
 from services.unet_worker.backends.cpu import packed_weights
+from services.unet_worker.backends.cpu.backend import CpuBackend
+from services.unet_worker.backends.cpu.batch_invariance import inputs_of_layers
 from services.unet_worker.backends.cpu.packed_weights import PackedWeights
-from services.unet_worker.backends.cpu.prepare import prepare_unet
 from services.unet_worker.backends.measure import zero_inputs
-from services.unet_worker.denoising.slot import unet_inputs
-from services.unet_worker.families.loading import DiffusionModel, load_model
+from services.unet_worker.families.loading import load_family
+from services.unet_worker.families.protocol import network_inputs
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -49,13 +50,24 @@ def _record(model: torch.nn.Module, x: torch.Tensor) -> Any:
         return torch.jit.trace(model, x)
 
 
+def _given(model: torch.nn.Module, x: torch.Tensor) -> dict[torch.nn.Module, torch.Tensor]:
+    return inputs_of_layers(model, lambda: model(x))
+
+
 def _count(graph: Any, kind: str) -> int:
     return sum(node.kind() == kind for node in graph.inlined_graph.nodes())
 
 
-def _inputs(model: DiffusionModel, rows: int) -> list[torch.Tensor]:
-    inputs = unet_inputs(model, *zero_inputs(model, rows, 64, 64))
-    return [torch.randn_like(one) for one in inputs]
+def _prepared(folder: Path, dtype: Any) -> CpuBackend:
+    backend = CpuBackend(load_family(folder, device="cpu", dtype=dtype))
+    assert backend.prepare()
+    return backend
+
+
+def _inputs(backend: CpuBackend, rows: int) -> list[torch.Tensor]:
+    family = backend._family
+    inputs = network_inputs(family, *zero_inputs(family, rows, 64, 64))
+    return [torch.randn_like(tensor) for tensor in inputs]
 
 
 @needs_bfloat16
@@ -63,11 +75,11 @@ def _inputs(model: DiffusionModel, rows: int) -> list[torch.Tensor]:
 def test_layers_that_are_given_the_same_are_one_call() -> None:
     model, x = Attention().bfloat16(), torch.randn(5, WIDTH, dtype=torch.bfloat16)
     expected = model(x)
-    with PackedWeights(model).in_use(lambda: model(x)) as num_packed:
+    with PackedWeights(model).in_use(_given(model, x)) as packed:
         assert torch.equal(model(x), expected)
         graph = _record(model, x)
-    if num_packed < NUM_LAYERS:
-        pytest.skip(f"this CPU's kernels give the same for {num_packed} of {NUM_LAYERS} layers")
+    if len(packed) < NUM_LAYERS:
+        pytest.skip(f"this CPU's kernels give the same for {len(packed)} of {NUM_LAYERS} layers")
     assert _count(graph, "mkldnn::_linear_pointwise") == 3  # q, k and v; out; the one without bias
     assert not any("forward" in vars(layer) for layer in model.modules())
     more = torch.randn(9, WIDTH, dtype=torch.bfloat16)
@@ -77,8 +89,8 @@ def test_layers_that_are_given_the_same_are_one_call() -> None:
 @torch.inference_mode()
 def test_linear_layers_in_float32_stay_as_they_are() -> None:
     model, x = Attention(), torch.randn(5, WIDTH)
-    with PackedWeights(model).in_use(lambda: model(x)) as num_packed:
-        assert num_packed == 0
+    with PackedWeights(model).in_use(_given(model, x)) as packed:
+        assert len(packed) == 0
 
 
 @needs_bfloat16
@@ -86,25 +98,25 @@ def test_linear_layers_in_float32_stay_as_they_are() -> None:
 def test_a_layout_that_depends_on_the_rows_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = torch.nn.Conv2d(16, 16, 3, padding=1).bfloat16(), torch.randn(2, 16, 8, 8).bfloat16()
     layers = torch.nn.Sequential(layer)
-    with PackedWeights(layers).in_use(lambda: layers(x)) as num_packed:
-        if not num_packed:
+    with PackedWeights(layers).in_use(_given(layers, x)) as packed:
+        if not packed:
             pytest.skip("this CPU's kernels want another layout for other numbers of rows")
     layouts = iter(range(100))
     monkeypatch.setattr(packed_weights, "_layout", lambda _: next(layouts))
-    with PackedWeights(layers).in_use(lambda: layers(x)) as num_packed:
-        assert num_packed == 0
+    with PackedWeights(layers).in_use(_given(layers, x)) as packed:
+        assert len(packed) == 0
 
 
 @needs_bfloat16
 @torch.inference_mode()
 def test_what_does_not_give_exactly_the_same_is_not_used() -> None:
     model, x = Attention().bfloat16(), torch.randn(5, WIDTH, dtype=torch.bfloat16)
-    with PackedWeights(model).in_use(lambda: model(x)) as num_packed:
-        if num_packed < NUM_LAYERS:
-            pytest.skip(f"this CPU's kernels give the same for {num_packed} of {NUM_LAYERS} layers")
+    with PackedWeights(model).in_use(_given(model, x)) as packed:
+        if len(packed) < NUM_LAYERS:
+            pytest.skip(f"here {len(packed)} of {NUM_LAYERS} layers give the same")
     model.q.register_forward_hook(lambda *args: args[-1] + torch.rand(()))
-    with PackedWeights(model).in_use(lambda: model(x)) as num_packed:
-        assert num_packed == NUM_LAYERS - 1
+    with PackedWeights(model).in_use(_given(model, x)) as packed:
+        assert len(packed) == NUM_LAYERS - 1
 
 
 @needs_bfloat16
@@ -113,15 +125,15 @@ def test_a_layer_that_is_called_twice_stays_as_it_is() -> None:
     layer, x = torch.nn.Linear(WIDTH, WIDTH).bfloat16(), torch.randn(5, WIDTH).bfloat16()
     model = torch.nn.Sequential(layer, torch.nn.SiLU(), layer)
     expected = model(x)
-    with PackedWeights(model).in_use(lambda: model(x)) as num_packed:
-        assert num_packed == 0
+    with PackedWeights(model).in_use(_given(model, x)) as packed:
+        assert len(packed) == 0
         assert torch.equal(model(x), expected)
 
 
 @torch.inference_mode()
 def test_layers_are_themselves_again_after_an_error() -> None:
     model, x = Attention().bfloat16(), torch.randn(5, WIDTH, dtype=torch.bfloat16)
-    with contextlib.suppress(ZeroDivisionError), PackedWeights(model).in_use(lambda: model(x)):
+    with contextlib.suppress(ZeroDivisionError), PackedWeights(model).in_use(_given(model, x)):
         raise ZeroDivisionError
     assert not any("forward" in vars(layer) for layer in model.modules())
 
@@ -131,11 +143,9 @@ def test_layers_are_themselves_again_after_an_error() -> None:
 def test_forwards_are_the_same(
     tiny_model_folder: Path, dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packed = load_model(tiny_model_folder, device="cpu", dtype=dtype)
-    assert prepare_unet(packed)
-    monkeypatch.setattr(PackedWeights, "in_use", lambda *_: contextlib.nullcontext())
-    plain = load_model(tiny_model_folder, device="cpu", dtype=dtype)
-    assert prepare_unet(plain)
+    packed = _prepared(tiny_model_folder, dtype)
+    monkeypatch.setattr(PackedWeights, "in_use", lambda *_: contextlib.nullcontext(()))
+    plain = _prepared(tiny_model_folder, dtype)
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for rows in (1, 2, 5, 16, 33, 70):
@@ -149,13 +159,13 @@ def test_forwards_are_the_same(
 
 @needs_bfloat16
 def test_a_prepared_unet_uses_them(tiny_model_folder: Path) -> None:
-    model = load_model(tiny_model_folder, device="cpu", dtype="bfloat16")
-    inputs = _inputs(model, 2)
-    with model.forward._weights.in_use(lambda: model.forward._call(*inputs)) as num_packed:
-        if not num_packed:
+    backend = CpuBackend(load_family(tiny_model_folder, device="cpu", dtype="bfloat16"))
+    inputs, call = _inputs(backend, 2), backend.forward._call
+    given = inputs_of_layers(call, lambda: call(*inputs))
+    with torch.inference_mode(), backend.forward._weights.in_use(given) as packed:
+        if not packed:
             pytest.skip("this CPU's kernels have no layout that fits all numbers of rows")
-    assert prepare_unet(model)
-    [graph] = model.forward._graphs.values()
-    packed = _count(graph, "mkldnn::_convolution_pointwise")
-    packed += _count(graph, "mkldnn::_linear_pointwise")
-    assert packed > 0
+    assert backend.prepare()
+    [graph] = backend.forward._graphs.values()
+    calls = _count(graph, "mkldnn::_convolution_pointwise")
+    assert calls + _count(graph, "mkldnn::_linear_pointwise") > 0

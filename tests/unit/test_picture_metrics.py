@@ -7,7 +7,7 @@ import torch
 
 from bench.picture_metrics import MAX_PSNR_DB, foreground_psnr_db, gmsd, psnr_db, ssim
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _pictures(count: int = 2) -> torch.Tensor:

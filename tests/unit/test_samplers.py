@@ -12,7 +12,7 @@ from services.unet_worker.denoising.coefficients import NotLinearError, read_tab
 from services.unet_worker.denoising.samplers import SAMPLERS, Samplers
 from shared.errors import InvalidRequestError
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -13,7 +13,7 @@ from bench.skip_replay import join, make_replay, replay
 from bench.trajectories import Trajectories
 from shared.guidance_skip import SKIP_LEVELS
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NUM_STEPS, NUM_CASES = 25, 4
 BALANCED = SKIP_LEVELS["balanced"]

@@ -1,15 +1,11 @@
-"""Checks a request against the model and prepares what it is conditioned on."""
+"""Checks a request against what the model can do."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection
 
-import torch
-
-from services.unet_worker.denoising.latents import BatchKey, Conditions
-from services.unet_worker.families.loading import DiffusionModel, ModelFacts
-from services.unet_worker.families.text_encoder import PromptEmbedding, TextEncoder
+from services.unet_worker.families.protocol import ModelFacts
 from shared.errors import InvalidRequestError
 from shared.messages import ImageParameters
 
@@ -51,58 +47,3 @@ def check_parameters(
             field="guidance_skip",
             allowed=", ".join(skip_levels),
         )
-
-
-def batch_key(parameters: ImageParameters, facts: ModelFacts) -> BatchKey:
-    """What the request shares with those it may share a forward with."""
-    return BatchKey(
-        latent_height=parameters.height // facts.vae_scale_factor,
-        latent_width=parameters.width // facts.vae_scale_factor,
-        num_tokens=facts.max_tokens,
-    )
-
-
-def is_guided(parameters: ImageParameters, facts: ModelFacts) -> bool:
-    """Whether a step needs a negative row, as `StableDiffusionPipeline` decides it."""
-    return parameters.guidance_scale > 1 and not facts.timestep_cond_channels
-
-
-@torch.inference_mode()
-def make_conditions(
-    parameters: ImageParameters, model: DiffusionModel, text_encoder: TextEncoder
-) -> tuple[Conditions, tuple[str, ...]]:
-    """The request's conditions, and warnings in words for the client."""
-    if is_guided(parameters, model.facts):
-        positive, negative = text_encoder.encode([parameters.prompt, parameters.negative_prompt])
-    else:
-        positive = negative = text_encoder.encode([parameters.prompt])[0]
-    conditions = Conditions(
-        negative_prompt_embeds=negative.embeds,
-        prompt_embeds=positive.embeds,
-        timestep_cond=_timestep_cond(parameters.guidance_scale, model),
-    )
-    warnings = [
-        f"{name}: the last {embedding.num_dropped_tokens} tokens were dropped; "
-        f"the model sees {model.facts.max_tokens - 2}"
-        for name, embedding in _named(positive, negative)
-        if embedding.num_dropped_tokens
-    ]
-    return conditions, tuple(warnings)
-
-
-def _named(
-    positive: PromptEmbedding, negative: PromptEmbedding
-) -> list[tuple[str, PromptEmbedding]]:
-    named = [("prompt", positive)]
-    return named if negative is positive else [*named, ("negative_prompt", negative)]
-
-
-def _timestep_cond(guidance_scale: float, model: DiffusionModel) -> torch.Tensor:
-    """The guidance scale as the UNet takes it as an input (latent consistency models), or empty."""
-    channels = model.facts.timestep_cond_channels
-    if not channels:
-        return torch.empty(0, dtype=model.dtype, device=model.device)
-    embedding: torch.Tensor = model.pipeline.get_guidance_scale_embedding(
-        torch.tensor([guidance_scale - 1.0]), embedding_dim=channels
-    )
-    return embedding[0].to(model.device, model.dtype)

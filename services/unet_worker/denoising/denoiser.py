@@ -1,12 +1,12 @@
-"""Denoises many requests at once: one UNet forward over rows of any step, sampler, scale and seed.
+"""Denoises many requests at once: a forward over rows of any step, sampler, scale and seed.
 
 The life of a request here: `admit` encodes its prompt and gives it a row of resident latents;
 every `run` that names it with the step it holds moves it one forward on; after the last one its
 latents are handed out and the row is free.
 
-A row's result does not depend on its neighbours: no operation mixes rows. It can differ in the last
-bits with the number of rows, because matrix kernels differ by shape; over whole trajectories that
-stays far below what an 8-bit image shows.
+A row's result does not depend on its neighbours: no operation mixes rows. Whether it is the same to
+the last bit is the backend's affair (`Backend.is_batch_invariant`): kernels can differ by the
+number of rows.
 
 All methods belong on one thread, the compute thread, except `draw_ahead`.
 """
@@ -18,25 +18,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from services.unet_worker.backends import measure
-from services.unet_worker.denoising.admission import (
-    batch_key,
-    check_parameters,
-    is_guided,
-    make_conditions,
-)
-from services.unet_worker.denoising.latents import (
-    BatchKey,
-    LatentStore,
-    NoiseSource,
-    Resident,
-    ResumeState,
-)
+from services.unet_worker.backends.measure import Stopwatch
+from services.unet_worker.backends.protocol import Backend
+from services.unet_worker.denoising.admission import check_parameters
+from services.unet_worker.denoising.latents import LatentStore, NoiseSource, Resident, ResumeState
 from services.unet_worker.denoising.own_scheduler import OwnScheduler
 from services.unet_worker.denoising.samplers import Samplers
 from services.unet_worker.denoising.slot import RowOutcome, Slot, SlotRequest
-from services.unet_worker.families.loading import DiffusionModel
-from services.unet_worker.families.text_encoder import TextEncoder
+from services.unet_worker.families.protocol import Family
 from shared.errors import NumericalError, SynerDiffError
 from shared.guidance_skip import SKIP_LEVELS, SkipParameters
 from shared.messages import HeldRequest, ImageParameters, RowFailure, RowReport, SlotRow
@@ -44,51 +33,61 @@ from shared.messages import HeldRequest, ImageParameters, RowFailure, RowReport,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:
-    """A request is held from now on.
-
-    num_forwards: UNet forwards it takes. warnings: in words for the client. num_skipped: steps
-    whose guidance was skipped where it was before.
-    """
+    """A request is held from now on."""
 
     num_forwards: int
-    batch_key: BatchKey
+    """Forwards that it takes."""
+
+    batch_key: str
+    """What it shares with requests that it may share a forward with."""
+
     is_guided: bool
+    """Whether a full step of it takes two rows."""
+
     warnings: tuple[str, ...]
+    """In words for the client."""
+
     num_skipped: int = 0
+    """Steps whose guidance was skipped where it was before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FinishedLatents:
-    """A request is denoised and no longer held.
-
-    latents: shape (1, C, h, w), float32, contiguous, on the model's device, the caller's own.
-    """
+    """A request is denoised and no longer held."""
 
     request_id: str
     attempt: str
+
     latents: torch.Tensor
+    """(1, C, h, w), float32, contiguous, on the model's device, the caller's own."""
+
     skipped_steps: tuple[int, ...]
+    """Forwards that ran without their negative row."""
+
     warnings: tuple[str, ...]
+    """In words for the client."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SlotResult:
-    """What became of a slot.
-
-    rows: one report per row asked for, in order. num_unet_rows: rows of the forward.
-    """
+    """What became of a slot."""
 
     rows: tuple[RowReport, ...]
+    """A report for each row asked for, in order."""
+
     finished: tuple[FinishedLatents, ...] = ()
     failures: tuple[RowFailure, ...] = ()
+
     num_unet_rows: int = 0
+    """Rows of the forward."""
 
 
 class Denoiser:
     """The numerics of a UNet worker.
 
     Args:
-        model: Loaded by `load_model`.
+        family: The model.
+        backend: How its forwards are run.
         max_requests: Held at once.
         max_side: Pixels of a picture's longer side.
         max_steps: Cap on `num_inference_steps`.
@@ -97,20 +96,22 @@ class Denoiser:
 
     def __init__(
         self,
-        model: DiffusionModel,
+        family: Family,
+        backend: Backend,
         *,
         max_requests: int = 64,
         max_side: int = 1024,
         max_steps: int = 150,
         skip_levels: Mapping[str, SkipParameters | None] = SKIP_LEVELS,
     ) -> None:
-        self._model = model
+        self._family = family
+        self._backend = backend
         self._max_side = max_side
         self._skip_levels = skip_levels
-        self.samplers = Samplers(model.pipeline.scheduler, device=model.device, max_steps=max_steps)
-        self.text_encoder = TextEncoder(model.pipeline, device=model.device)
+        self.samplers = Samplers(family.noise_scheduler, device=family.device, max_steps=max_steps)
+        self.stopwatch = Stopwatch(family=family, backend=backend)
         self._store = LatentStore(
-            model,
+            family,
             max_requests=max_requests,
             max_forwards=2 * max_steps + 16,  # Heun's second order, PNDM's warm-up
         )
@@ -156,10 +157,10 @@ class Denoiser:
         )
 
     def pixels_of(self, rows: Sequence[SlotRow]) -> int:
-        """The area of the largest picture among these, 0 if none is held."""
-        held = [self._store.get(row.request_id, row.attempt) for row in rows]
-        sizes = [one.parameters.height * one.parameters.width for one in held if one is not None]
-        return max(sizes, default=0)
+        """Return the area of the largest picture among these, 0 if none is held."""
+        residents = (self._store.get(row.request_id, row.attempt) for row in rows)
+        asked = (resident.parameters for resident in residents if resident is not None)
+        return max((parameters.height * parameters.width for parameters in asked), default=0)
 
     @property
     def draws_noise(self) -> bool:
@@ -186,14 +187,15 @@ class Denoiser:
         if not chosen:
             return SlotResult(rows=tuple(self._report(row, None) for row in rows))
         slot = Slot(list(chosen.values()))
-        with self._model.forward.holding_threads():
-            outcomes, update = slot.denoise(self._model)
+        with self._backend.serving_slot():
+            outcomes, update = slot.denoise(self._backend)
         try:
             slot.pool.apply(update)
         except (RuntimeError, MemoryError) as error:
             # Nobody knows which rows have gone on, so none may try again.
             outcomes = [
-                replace(one, error=f"the step could not be kept: {error}") for one in outcomes
+                replace(outcome, error=f"the step could not be kept: {error}")
+                for outcome in outcomes
             ]
         finished: list[FinishedLatents] = []
         failures: list[RowFailure] = []
@@ -250,39 +252,17 @@ class Denoiser:
             raise
         return self.admit(state.request_id, state.attempt, state.parameters)
 
-    def warm_up(self, sizes: Sequence[tuple[int, int]], row_counts: Sequence[int]) -> None:
-        """Run the UNet once at every (height, width) in pixels with every number of rows."""
-        measure.warm_up(self._model, sizes, row_counts)
-
-    def measure(
-        self,
-        row_counts: Sequence[int],
-        *,
-        size: tuple[int, int] | None = None,
-        num_repeats: int = 5,
-    ) -> dict[int, float]:
-        """Median milliseconds of a UNet forward by its rows, at `size` or the model's default.
-
-        row_counts: ascending; none is measured behind two in a row that gain nothing.
-        """
-        return measure.measure(self._model, row_counts, size=size, num_repeats=num_repeats)
-
-    def measure_for(self, window_s: float, *, rows: int, size: tuple[int, int]) -> float:
-        """Median milliseconds of a forward, one after another for so long, at `size` in pixels."""
-        return measure.measure_for(self._model, window_s, rows=rows, size=size)
-
     def _add(self, request_id: str, attempt: str, parameters: ImageParameters) -> Resident:
-        model, facts = self._model, self._model.facts
-        check_parameters(parameters, facts, max_side=self._max_side, skip_levels=self._skip_levels)
+        family = self._family
+        check_parameters(
+            parameters, family.facts, max_side=self._max_side, skip_levels=self._skip_levels
+        )
         table = self.samplers.table(parameters.sampler, parameters.num_inference_steps)
-        conditions, warnings = make_conditions(parameters, model, self.text_encoder)
-        key = batch_key(parameters, facts)
-        guided = is_guided(parameters, facts)
+        encoding = family.encode(parameters)
+        guided = family.is_guided(parameters)
         may_skip = guided and table.num_forwards == parameters.num_inference_steps
         noise = NoiseSource(
-            parameters.seed,
-            (1, facts.latent_channels, key.latent_height, key.latent_width),
-            sum(table.draws_noise),
+            parameters.seed, (1, *family.latents_shape(parameters)), sum(table.draws_noise)
         )
         scheduler = None
         if not table.is_linear:
@@ -292,14 +272,15 @@ class Denoiser:
             request_id=request_id,
             attempt=attempt,
             parameters=parameters,
-            warnings=warnings,
+            warnings=encoding.warnings,
             table=table,
             is_guided=guided,
             skip_parameters=self._skip_levels[parameters.guidance_skip] if may_skip else None,
             noise=noise,
             scheduler=scheduler,
         )
-        self._store.add(resident, key, conditions)
+        state = family.initial_state(parameters, noise.initial[0], table.init_noise_sigma)
+        self._store.add(resident, family.batch_key(parameters), state, encoding)
         return resident
 
     def _choose(self, rows: Sequence[SlotRow]) -> dict[int, SlotRequest]:

@@ -20,7 +20,7 @@ from services.unet_worker.denoising.guidance import (
     num_skippable,
 )
 from services.unet_worker.denoising.own_scheduler import OwnScheduler
-from services.unet_worker.families.loading import DiffusionModel
+from services.unet_worker.families.protocol import Encoding, Family, InitialState
 from shared.errors import OverloadedError, ProtocolError
 from shared.guidance_skip import SkipParameters
 from shared.messages import ImageParameters
@@ -28,47 +28,34 @@ from shared.messages import ImageParameters
 _MIN_POOL_ROWS = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchKey:
-    """What requests must share to share a forward."""
-
-    latent_height: int
-    latent_width: int
-    num_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Conditions:
-    """What a request's forwards are conditioned on.
-
-    negative_prompt_embeds, prompt_embeds: (tokens, width). timestep_cond: (channels,), of a UNet
-    that takes the guidance scale as an input.
-    """
-
-    negative_prompt_embeds: torch.Tensor
-    prompt_embeds: torch.Tensor
-    timestep_cond: torch.Tensor
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ResumeState:
-    """All that another worker with the same model needs to go on with a request.
-
-    latents, carry: shape (1, C, h, w), float32, CPU. directions: the guidance of the last full
-    steps, oldest first, shape (0 to 2, C, h, w). num_draws: noise tensors drawn after the initial
-    one; the seed repeats them.
-    """
+    """All that another worker with the same model needs to go on with a request."""
 
     request_id: str
     attempt: str
     parameters: ImageParameters
+
     step_index: int
+    """The forward that comes next."""
+
     latents: torch.Tensor
+    """(1, C, h, w), float32, on the CPU."""
+
     carry: torch.Tensor
+    """What past forwards contribute to the next update; like `latents`."""
+
     directions: torch.Tensor
+    """The guidance of the last full steps, oldest first, (0 to 2, C, h, w)."""
+
     guidance: GuidanceRecord
+    """Which steps these were, and how well they can be extrapolated."""
+
     num_draws: int
+    """Tensors of noise drawn after the initial one; the seed repeats them."""
+
     skipped_steps: tuple[int, ...]
+    """Forwards that ran without their negative row."""
 
 
 class NoiseSource:
@@ -127,27 +114,47 @@ class NoiseSource:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Resident:
-    """One request between its slots.
-
-    row: its place in the pool. scheduler: its own where its sampler has no linear table. newest:
-    which of the two direction rows is the last full step's.
-    """
+    """A request between its slots."""
 
     request_id: str
     attempt: str
     parameters: ImageParameters
+
     warnings: tuple[str, ...]
+    """In words for the client."""
+
     table: CoefficientTable
+    """Its sampler's update at each of its forwards."""
+
     is_guided: bool
+    """Whether a full step has a negative row."""
+
     skip_parameters: SkipParameters | None
+    """When a step may do without; None for never."""
+
     noise: NoiseSource
+    """Of its seed."""
+
     scheduler: OwnScheduler | None = None
+    """Its own, where its sampler has no linear table."""
+
     pool: LatentPool = field(init=False)
+    """Where its tensors lie."""
+
     row: int = -1
+    """Its place in the pool."""
+
     step_index: int = 0
+    """The forward that comes next."""
+
     newest: int = 0
+    """Which of the two direction rows is the last full step's."""
+
     guidance: GuidanceRecord = field(default_factory=GuidanceRecord)
+    """What is remembered of its full steps."""
+
     skipped_steps: list[int] = field(default_factory=list)
+    """Forwards that ran without their negative row."""
 
     @property
     def is_finished(self) -> bool:
@@ -239,70 +246,88 @@ class Resident:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PoolUpdate:
-    """What a forward has made of some rows of a pool.
-
-    latents, carry: of `rows`. directions: the guidance of those that ran in full and keep it,
-    `tracked_rows`, for their older `sides`.
-    """
+    """What a forward has made of some rows of a pool."""
 
     rows: torch.Tensor
+    """Places in the pool."""
+
     latents: torch.Tensor
+    """Of these rows."""
+
     carry: torch.Tensor
+    """Of these rows."""
+
     tracked_rows: torch.Tensor
+    """Those that ran in full and keep their guidance."""
+
     sides: torch.Tensor
+    """Which of their two directions is the older one."""
+
     directions: torch.Tensor
+    """Their guidance."""
 
 
 class LatentPool:
-    """The resident tensors of one batch key, a row per request.
-
-    latents, carry: (rows, C, h, w) float32. directions: (rows, 2, C, h, w) float32, the guidance of
-    the last two full steps. prompt_embeds: (rows, 2, tokens, width) in the model's dtype, negative
-    first. schedule: (rows, max_forwards, columns) float32, each request's coefficient table.
-    guidance_scale: (rows,) float32. timestep_cond: (rows, channels) in the model's dtype.
+    """The resident tensors of requests that can share a forward, a row per request.
 
     The pool doubles when it is full and halves when three quarters are empty, so that its memory
     stays within four times what its requests need.
+
+    Args:
+        key: The batch key that its requests share.
+        latents_shape: (C, h, w).
+        family: Of the requests.
+        max_forwards: Of any request.
+
+    Attributes:
+        latents: (rows, C, h, w), float32.
+        carry: The same of what past forwards contribute to the next update.
+        directions: (rows, 2, C, h, w), float32, the guidance of the last two full steps.
+        conditions: (rows, 2, *shape) each, the negative row's first.
+        schedule: (rows, max_forwards, columns), float32, each request's coefficient table.
+        guidance_scale: (rows,), float32.
     """
 
-    def __init__(self, key: BatchKey, model: DiffusionModel, max_forwards: int) -> None:
-        facts = model.facts
-        latent_shape = (facts.latent_channels, key.latent_height, key.latent_width)
+    def __init__(
+        self, key: str, latents_shape: tuple[int, int, int], family: Family, max_forwards: int
+    ) -> None:
         self.key = key
         self.residents: list[Resident | None] = [None] * _MIN_POOL_ROWS
 
         def rows(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.zeros((_MIN_POOL_ROWS, *shape), dtype=dtype, device=model.device)
+            return torch.zeros((_MIN_POOL_ROWS, *shape), dtype=dtype, device=family.device)
 
-        self.latents = rows(*latent_shape)
-        self.carry = rows(*latent_shape)
-        self.directions = rows(2, *latent_shape)
-        self.prompt_embeds = rows(2, key.num_tokens, facts.text_width, dtype=model.dtype)
+        self.latents = rows(*latents_shape)
+        self.carry = rows(*latents_shape)
+        self.directions = rows(2, *latents_shape)
+        self.conditions = {
+            name: rows(2, *spec.shape, dtype=spec.dtype) for name, spec in family.conditions.items()
+        }
         self.schedule = rows(max_forwards, len(COLUMNS))
         self.guidance_scale = rows()
-        self.timestep_cond = rows(facts.timestep_cond_channels, dtype=model.dtype)
 
     @property
     def num_residents(self) -> int:
         """Rows in use."""
         return sum(resident is not None for resident in self.residents)
 
-    def add(self, resident: Resident, conditions: Conditions) -> None:
+    def add(self, resident: Resident, state: InitialState, encoding: Encoding) -> None:
         """Give `resident` a row."""
         if None not in self.residents:
             self._resize(2 * len(self.residents))
         row = self.residents.index(None)
         table = resident.table
-        self.latents[row] = resident.noise.initial[0].to(self.latents) * table.init_noise_sigma
+        self.latents[row] = state.latents.to(self.latents)
         self.carry[row] = 0.0
         self.directions[row] = 0.0
-        self.prompt_embeds[row, 0] = conditions.negative_prompt_embeds
-        self.prompt_embeds[row, 1] = conditions.prompt_embeds
+        for name, values in self.conditions.items():
+            values[row, 0] = encoding.negative[name]
+            values[row, 1] = encoding.positive[name]
         self.schedule[row, : table.num_forwards] = table.rows.to(self.schedule)
         self.guidance_scale[row] = resident.parameters.guidance_scale
-        self.timestep_cond[row] = conditions.timestep_cond
         self.residents[row] = resident
         resident.row = row
+        resident.step_index = state.step_index
 
     def remove(self, resident: Resident) -> None:
         """Free the row."""
@@ -323,11 +348,18 @@ class LatentPool:
     def _resize(self, num_rows: int) -> None:
         kept = [resident for resident in self.residents if resident is not None]
         old_rows = [resident.row for resident in kept]
-        resized = {}
-        for name, tensor in vars(self).items():
-            if isinstance(tensor, torch.Tensor):
-                resized[name] = tensor.new_zeros(num_rows, *tensor.shape[1:])
-                resized[name][: len(kept)] = tensor[old_rows]
+
+        def resize(tensor: torch.Tensor) -> torch.Tensor:
+            larger = tensor.new_zeros(num_rows, *tensor.shape[1:])
+            larger[: len(kept)] = tensor[old_rows]
+            return larger
+
+        resized: dict[str, object] = {
+            name: resize(tensor)
+            for name, tensor in vars(self).items()
+            if isinstance(tensor, torch.Tensor)
+        }
+        resized["conditions"] = {name: resize(values) for name, values in self.conditions.items()}
         vars(self).update(resized)
         self.residents = [*kept, *[None] * (num_rows - len(kept))]
         for row, resident in enumerate(kept):
@@ -338,17 +370,17 @@ class LatentStore:
     """The requests a worker holds.
 
     Args:
-        model: Whose latents these are.
+        family: Whose latents these are.
         max_requests: Held at once.
         max_forwards: Of any request.
     """
 
-    def __init__(self, model: DiffusionModel, *, max_requests: int, max_forwards: int) -> None:
-        self._model = model
+    def __init__(self, family: Family, *, max_requests: int, max_forwards: int) -> None:
+        self._family = family
         self._max_requests = max_requests
         self._max_forwards = max_forwards
         self._residents: dict[str, Resident] = {}
-        self._pools: dict[BatchKey, LatentPool] = {}
+        self._pools: dict[str, LatentPool] = {}
 
     @property
     def residents(self) -> list[Resident]:
@@ -361,7 +393,7 @@ class LatentStore:
         return resident if resident is not None and resident.attempt == attempt else None
 
     @torch.inference_mode()
-    def add(self, resident: Resident, key: BatchKey, conditions: Conditions) -> None:
+    def add(self, resident: Resident, key: str, state: InitialState, encoding: Encoding) -> None:
         """Hold a request; another attempt of it is forgotten.
 
         Raises:
@@ -374,9 +406,12 @@ class LatentStore:
             )
         if key not in self._pools:
             self._pools = {k: pool for k, pool in self._pools.items() if pool.num_residents}
-            self._pools[key] = LatentPool(key, self._model, self._max_forwards)
+            channels, height, width = state.latents.shape
+            self._pools[key] = LatentPool(
+                key, (channels, height, width), self._family, self._max_forwards
+            )
         resident.pool = self._pools[key]
-        resident.pool.add(resident, conditions)
+        resident.pool.add(resident, state, encoding)
         self._residents[resident.request_id] = resident
 
     @torch.inference_mode()

@@ -26,7 +26,7 @@ class OwnScheduler:
         self._generator = generator
 
     def copy(self) -> OwnScheduler:
-        """One that steps on without changing this one."""
+        """Return one that steps on without changing this one."""
         scheduler = copy.copy(self._scheduler)
         # Schedulers replace the tensors that they remember, and change the lists of them.
         vars(scheduler).update(
@@ -37,7 +37,7 @@ class OwnScheduler:
         return OwnScheduler(scheduler, generator)
 
     def scale(self, latents: torch.Tensor, step_index: int) -> torch.Tensor:
-        """The UNet's input."""
+        """Return the network's input."""
         scheduler = self._scheduler
         scaled: torch.Tensor = scheduler.scale_model_input(latents, scheduler.timesteps[step_index])
         return scaled
@@ -45,7 +45,7 @@ class OwnScheduler:
     def step(
         self, noise_pred: torch.Tensor, step_index: int, latents: torch.Tensor
     ) -> torch.Tensor:
-        """The latents after a step, all of shape (1, C, h, w)."""
+        """Return the latents after a step, all of shape (1, C, h, w)."""
         scheduler = self._scheduler
         stepped: torch.Tensor = scheduler.step(
             noise_pred,

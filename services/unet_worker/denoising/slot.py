@@ -1,4 +1,4 @@
-"""The tensor work of one slot: one UNet forward, guidance and update over rows of one pool."""
+"""The tensor work of a slot: a forward, guidance and update over rows of one pool."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from services.unet_worker.backends.protocol import Backend
 from services.unet_worker.denoising.guidance import (
     extrapolate,
     extrapolation_weights,
@@ -16,15 +17,16 @@ from services.unet_worker.denoising.guidance import (
 )
 from services.unet_worker.denoising.latents import LatentPool, PoolUpdate, Resident
 from services.unet_worker.denoising.own_scheduler import OwnScheduler
-from services.unet_worker.families.loading import DiffusionModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotRequest:
-    """A request's part in a slot; `is_skipped`: its guidance is extrapolated."""
+    """A request's part in a slot."""
 
     resident: Resident
+
     is_skipped: bool
+    """Whether its guidance is extrapolated."""
 
     @property
     def is_tracked(self) -> bool:
@@ -34,22 +36,47 @@ class SlotRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RowOutcome:
-    """What a forward made of one request.
-
-    step_index: the forward that was run. latents: (1, C, h, w) float32 on the device, of a finished
-    request its own, else a view. scheduler: that of a sampler without a linear table, one step on.
-    skip_error: `guidance_error` of the extrapolated direction, None where this was no full step
-    with directions kept. error: why the update failed, None if it did not.
-    """
+    """What a forward made of a request."""
 
     resident: Resident
+
     step_index: int
+    """The forward that was run."""
+
     is_skipped: bool
+    """Whether its guidance was extrapolated."""
+
     latents: torch.Tensor
+    """(1, C, h, w), float32, on the device: of a finished request its own, else a view."""
+
     scheduler: OwnScheduler | None
+    """That of a sampler without a linear table, a step on."""
+
     is_finite: bool
+    """Whether the latents are."""
+
     skip_error: float | None
+    """`guidance_error` of the extrapolated direction at a full step whose directions are kept."""
+
     error: str | None
+    """Why the update failed, None if it did not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Uploads:
+    """What a slot brings from the host."""
+
+    indices: torch.Tensor
+    """(3, requests): rows of the pool, steps, and the sides of the newest directions."""
+
+    weights: torch.Tensor
+    """(2, tracked requests, 1, 1, 1): of the directions, for `extrapolate`."""
+
+    noisy: torch.Tensor
+    """Places of the requests whose update adds noise."""
+
+    noise: torch.Tensor | None
+    """(noisy requests, C, h, w), None if there are none."""
 
 
 class Slot:
@@ -60,11 +87,12 @@ class Slot:
     """
 
     def __init__(self, requests: Sequence[SlotRequest]) -> None:
-        skipped = [one for one in requests if one.is_skipped]
-        full = [one for one in requests if one.resident.is_guided and not one.is_skipped]
-        tracked = [one for one in full if one.is_tracked]
-        untracked = [one for one in full if not one.is_tracked]
-        unguided = [one for one in requests if not one.resident.is_guided]
+        skipped = [request for request in requests if request.is_skipped]
+        guided = [request for request in requests if request.resident.is_guided]
+        full = [request for request in guided if not request.is_skipped]
+        tracked = [request for request in full if request.is_tracked]
+        untracked = [request for request in full if not request.is_tracked]
+        unguided = [request for request in requests if not request.resident.is_guided]
         self._requests = [*skipped, *tracked, *untracked, *unguided]
         self.pool: LatentPool = requests[0].resident.pool
         self._num_skipped = len(skipped)
@@ -73,19 +101,19 @@ class Slot:
 
     @property
     def num_unet_rows(self) -> int:
-        """Rows of the UNet forward."""
+        """Return the rows of the forward."""
         return len(self._requests) + self._full.stop - self._full.start
 
-    def denoise(self, model: DiffusionModel) -> tuple[list[RowOutcome], PoolUpdate]:
-        """Run the forward; what it makes of each request, and of what their pool holds.
+    def denoise(self, backend: Backend) -> tuple[list[RowOutcome], PoolUpdate]:
+        """Run the forward; return what it makes of each request, and of what their pool holds.
 
-        Nothing is changed yet: where this raises, it may be tried again.
+        Everything from the host goes to the device ahead of the forward, and the device is waited
+        for once, at the end. Nothing is changed yet: where this raises, it may be tried again.
         """
         residents = [request.resident for request in self._requests]
         pool = self.pool
-        rows, steps, newest = torch.tensor(
-            [[one.row, one.step_index, one.newest] for one in residents]
-        ).T.to(model.device)
+        uploads = self._upload(backend)
+        rows, steps, newest = uploads.indices
         timestep, *columns = pool.schedule[rows, steps].unbind(1)
         input_scale, a, b, d, e, f = (column.view(-1, 1, 1, 1) for column in columns)
         guidance_scale = pool.guidance_scale[rows].view(-1, 1, 1, 1)
@@ -93,24 +121,26 @@ class Slot:
         latents = pool.latents[rows]
         scaled = latents * input_scale
         own = {
-            i: one.scheduler.copy() for i, one in enumerate(residents) if one.scheduler is not None
+            i: resident.scheduler.copy()
+            for i, resident in enumerate(residents)
+            if resident.scheduler is not None
         }
-        for i, one in own.items():
-            scaled[i : i + 1] = one.scale(latents[i : i + 1], residents[i].step_index)
-        noise_pred_uncond, noise_pred_text = self._predict(model, rows, scaled, timestep)
+        for i, scheduler in own.items():
+            scaled[i : i + 1] = scheduler.scale(latents[i : i + 1], residents[i].step_index)
+        noise_pred_uncond, noise_pred_text = self._predict(backend, rows, scaled, timestep)
 
         full, num_skipped, num_tracked = self._full, self._num_skipped, self._num_tracked
         direction = noise_pred_text[full] - noise_pred_uncond
         noise_pred = noise_pred_text.clone()
         noise_pred[full] = guide(noise_pred_uncond, direction, guidance_scale[full])
-        skip_errors = torch.empty(0, device=model.device)
+        skip_errors = latents.new_empty(0)
         tracked, measured = slice(num_skipped, num_tracked), direction[:0]
         if num_tracked > 0:
             rows_, newest_ = rows[:num_tracked], newest[:num_tracked]
             estimate = extrapolate(
                 pool.directions[rows_, newest_],
                 pool.directions[rows_, 1 - newest_],
-                self._extrapolation_weights(model.device),
+                uploads.weights,
             )
             skipped = slice(0, num_skipped)
             noise_pred[skipped] = guide_from_text(
@@ -122,14 +152,12 @@ class Slot:
             )
 
         stepped = a * latents + b * noise_pred + pool.carry[rows]
-        noisy = [i for i, one in enumerate(residents) if one.table.draws_noise[one.step_index]]
-        if noisy:
-            noise = torch.cat([residents[i].noise.peek() for i in noisy]).to(model.device)
-            stepped[noisy] += d[noisy] * noise
+        if uploads.noise is not None:
+            stepped.index_add_(0, uploads.noisy, d[uploads.noisy] * uploads.noise)
         errors: dict[int, str] = {}
-        for i, one in own.items():
+        for i, scheduler in own.items():
             try:
-                stepped[i : i + 1] = one.step(
+                stepped[i : i + 1] = scheduler.step(
                     noise_pred[i : i + 1].clone(),  # it may keep them, but not the whole batch
                     residents[i].step_index,
                     latents[i : i + 1].clone(),
@@ -140,7 +168,7 @@ class Slot:
                 errors[i] = f"the sampler failed: {error!r}"
 
         is_finite = torch.isfinite(stepped).flatten(1).all(dim=1)
-        numbers = torch.cat([is_finite.float(), skip_errors]).tolist()  # the slot's one wait
+        numbers = backend.fetch(torch.cat([is_finite.float(), skip_errors]))
         errors_from = len(residents) - num_skipped
         outcomes = [
             RowOutcome(
@@ -170,27 +198,41 @@ class Slot:
 
     def _predict(
         self,
-        model: DiffusionModel,
+        backend: Backend,
         rows: torch.Tensor,
         scaled: torch.Tensor,
         timestep: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The UNet's output for the negative prompts of the full rows and for all positive ones."""
+        """Return the predictions for the negative rows of the full ones and for all positive."""
         full = self._full
         num_full = full.stop - full.start
-        pool_rows = torch.cat([rows[full], rows])
-        sides = torch.ones_like(pool_rows)
-        sides[:num_full] = 0
-        noise_pred = predict_noise(
-            model,
+        noise_pred = backend.predict(
             torch.cat([scaled[full], scaled]),
             torch.cat([timestep[full], timestep]),
-            self.pool.prompt_embeds[pool_rows, sides],
-            self.pool.timestep_cond[pool_rows],
+            {
+                name: torch.cat([values[rows[full], 0], values[rows, 1]])
+                for name, values in self.pool.conditions.items()
+            },
         )
         return noise_pred[:num_full], noise_pred[num_full:]
 
-    def _extrapolation_weights(self, device: torch.device) -> torch.Tensor:
+    def _upload(self, backend: Backend) -> _Uploads:
+        residents = [request.resident for request in self._requests]
+        noisy = [
+            i
+            for i, resident in enumerate(residents)
+            if resident.table.draws_noise[resident.step_index]
+        ]
+        indices = [[held.row, held.step_index, held.newest] for held in residents]
+        noise = [residents[i].noise.peek() for i in noisy]
+        return _Uploads(
+            indices=backend.upload(torch.tensor(indices)).T,
+            weights=backend.upload(self._extrapolation_weights()),
+            noisy=backend.upload(torch.tensor(noisy, dtype=torch.int64)),
+            noise=backend.upload(torch.cat(noise)) if noise else None,
+        )
+
+    def _extrapolation_weights(self) -> torch.Tensor:
         weights = []
         for request in self._requests[: self._num_tracked]:
             resident = request.resident
@@ -200,40 +242,4 @@ class Slot:
                     resident.skip_parameters, resident.guidance, resident.step_index
                 )
             )
-        return torch.tensor(weights, device=device).T.reshape(2, -1, 1, 1, 1)
-
-
-def predict_noise(
-    model: DiffusionModel,
-    sample: torch.Tensor,
-    timestep: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    timestep_cond: torch.Tensor,
-) -> torch.Tensor:
-    """One UNet forward in the model's dtype.
-
-    Args:
-        model: The model.
-        sample: (rows, C, h, w), float32.
-        timestep: (rows,), float32; Euler's are fractional.
-        prompt_embeds: (rows, tokens, width).
-        timestep_cond: (rows, channels); used if there are channels.
-
-    Returns:
-        (rows, C, h, w), float32.
-    """
-    prediction = model.forward(*unet_inputs(model, sample, timestep, prompt_embeds, timestep_cond))
-    return prediction.float().contiguous()
-
-
-def unet_inputs(
-    model: DiffusionModel,
-    sample: torch.Tensor,
-    timestep: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    timestep_cond: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    """The arguments of `predict_noise` as `DiffusionModel.forward` takes them."""
-    sample = sample.to(model.dtype, memory_format=torch.channels_last)
-    conditions = (timestep_cond,) if timestep_cond.shape[1] else ()
-    return (sample, timestep, prompt_embeds, *conditions)
+        return torch.tensor(weights).reshape(len(weights), 2).T[..., None, None, None]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from services.vae_worker.decoding.plan import ChunkPlan, Unit
 from services.vae_worker.decoding.read_stages import read_stages
-from services.vae_worker.decoding.stages import NormConv, Stage, add_residual
+from services.vae_worker.decoding.stages import NormConv, Stage, add_residual, project
 from services.vae_worker.decoding.strips import (
     FeatureMap,
     GroupStatistics,
@@ -97,7 +97,7 @@ class _Decode:
             features = stage.whole(self._source.whole())
         if isinstance(stage, NormConv):
             if stage.shortcut is not None:
-                self._residual.append(stage.shortcut(self._source.rows(*rows)))
+                self._residual.append(project(stage.shortcut, self._source.rows(*rows)))
             if stage.closes_residual:
                 features = add_residual(features, self._residual.rows(*rows), stage.divisor)
                 self._residual.release(unit.end_row)

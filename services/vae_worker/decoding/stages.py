@@ -6,15 +6,22 @@ by strip (`strips`). Stages keep no state: what lies between them is held by `de
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from shared.threads import running_on
 
 FLOPS_PER_BYTE = 10.0
 """How many operations take as long as a byte from or to memory, for cost estimates (an AVX2 core in
 fp32; far higher where matrix units do the work, which is what measured costs are for)."""
+
+MIN_POSITIONS_SPLIT = 1024
+"""Positions of a map from which on PyTorch splits a group norm's sums over threads."""
 
 MIN_CONV_CHANNELS = 16
 """Convolution kernels pad fewer output channels than this with zeros and compute those too."""
@@ -59,7 +66,7 @@ class Stem:
         if self.is_bounded:
             latents = (latents / 3).tanh() * 3
         if self.post_quant_conv is not None:
-            latents = self.post_quant_conv(latents)
+            latents = project(self.post_quant_conv, latents)
         features: Tensor = self.conv_in(latents)
         return features
 
@@ -89,7 +96,7 @@ class NormConv:
 
     def whole(self, features: Tensor) -> Tensor:
         """Return the whole map, computed by the library's modules."""
-        result: Tensor = self.conv(activate(self.activation, self.norm(features)))
+        result: Tensor = self.conv(activate(self.activation, normalise(self.norm, features)))
         return result
 
     def cost(self, pixels: int, itemsize: int) -> float:
@@ -177,6 +184,28 @@ class TinyLayers:
 
 
 Stage = Stem | NormConv | Upsample | Attention | TinyLayers
+
+
+def normalise(norm: nn.GroupNorm, features: Tensor) -> Tensor:
+    """Return the norm of a map, the same to the bit on any number of threads.
+
+    PyTorch's kernel for larger `channels_last` maps splits their sums over threads.
+    """
+    is_split = features.shape[2] * features.shape[3] >= MIN_POSITIONS_SPLIT
+    with running_on(1) if is_split else contextlib.nullcontext():
+        result: Tensor = norm(features)
+    return result
+
+
+def project(conv: nn.Conv2d, features: Tensor) -> Tensor:
+    """Return a convolution of single positions, the same to the bit on any number of threads.
+
+    In float32 PyTorch computes it by another library on one thread than on several.
+    """
+    depends_on_threads = features.dtype is torch.float32 and conv.kernel_size == (1, 1)
+    with running_on(1) if depends_on_threads else contextlib.nullcontext():
+        result: Tensor = conv(features)
+    return result
 
 
 def activate(activation: Any, hidden_states: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from services.vae_worker.decoding.stages import NormConv, Upsample, activate
+from shared.threads import running_on
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 CONV_HALO = 1
@@ -51,10 +52,11 @@ def strip_moments(strip: Tensor) -> Moments:
     running = None
     if strip.dtype in HALF_PRECISION:
         running = torch.zeros(strip.shape[1], dtype=torch.float32, device=strip.device)
-    per_sample = [
-        torch.batch_norm_update_stats(strip[index : index + 1], running, running, 0.0)
-        for index in range(strip.shape[0])
-    ]
+    with running_on(1):  # on several the sums are split, and their last bits differ
+        per_sample = [
+            torch.batch_norm_update_stats(strip[index : index + 1], running, running, 0.0)
+            for index in range(strip.shape[0])
+        ]
     return Moments(
         mean=torch.stack([mean for mean, _ in per_sample]),
         variance=torch.stack([variance for _, variance in per_sample]),

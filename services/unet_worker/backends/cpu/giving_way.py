@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from shared.messages import NO_ROOM, SlotShape
+from shared.threads import set_threads
 
 T = TypeVar("T")
 
@@ -130,12 +131,6 @@ def even_sizes(rows: int, num_parts: int) -> list[int]:
     """Rows of each of so many parts, as even as they can be; no part is empty."""
     sizes = [rows // num_parts + (i < rows % num_parts) for i in range(num_parts)]
     return [size for size in sizes if size]
-
-
-def set_threads(threads: int) -> None:
-    """How many of them the calling thread computes on."""
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
 
 
 def watch(unet: torch.nn.Module) -> None:

@@ -4,20 +4,25 @@ PyTorch hands oneDNN weights as they are stored, and oneDNN lays them out anew i
 takes as long however few the rows are: a third of a row's forward. A call also costs some 20 us
 before it computes, so linear layers that are given the same input (the attention's projections of
 one map, those of the prompt in all blocks, those of the timestep) are one call. Either is used only
-where it gives the same to the bit for random inputs of a few rows.
+where random rows give the same to the bit: what the layers themselves give for many rows, in any
+number and on any threads (`batch_invariance`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 
-from services.unet_worker.backends.cpu.giving_way import set_threads
+from services.unet_worker.backends.cpu.batch_invariance import (
+    gives,
+    random_rows,
+    tried_threads,
+)
+from shared.threads import running_on
 
 PROBED_ROWS: Final = (1, 2, 4, 8, 16, 32, 64)
 """A convolution's kernel may want another layout for another number of rows or threads. It would be
@@ -69,29 +74,33 @@ class PackedWeights:
         self._packed: dict[_Layers, torch.Tensor] = {}
 
     @contextlib.contextmanager
-    def in_use(self, run: Callable[[], Any]) -> Iterator[int]:
-        """Meanwhile the model's layers compute with packed weights where that changes nothing.
+    def in_use(self, inputs: Mapping[torch.nn.Module, torch.Tensor]) -> Iterator[set[Any]]:
+        """Let the model's layers compute with packed weights meanwhile, where that is exact.
 
-        run: calls the model with random inputs of the size that it will have meanwhile. Layers that
-            then have equal inputs are taken for layers that are given the same.
+        Args:
+            inputs: What each layer is given of random inputs of the size that the model will have
+                meanwhile. Layers that then have equal inputs are taken for layers that are given
+                the same.
 
         Yields:
-            The number of layers that do.
+            The layers that do.
         """
-        inputs = _inputs_of_layers(self._model, run)
+        inputs = {
+            layer: x for layer, x in inputs.items() if _is_convolution(layer) or _is_linear(layer)
+        }
         calls: list[_PackedCall] = []
         try:
             for layers in _given_the_same(inputs):
                 for call in self._usable(layers, inputs[layers[0]]):
                     call.replace_forwards()
                     calls.append(call)
-            yield sum(len(call.layers) for call in calls)
+            yield {layer for call in calls for layer in call.layers}
         finally:
             for call in calls:
                 call.restore_forwards()
 
     def _usable(self, layers: _Layers, x: torch.Tensor) -> Iterator[_PackedCall]:
-        """One call for all of them, or calls for those which that works for alone."""
+        """Yield a call for all of them, or calls for those for which that works alone."""
         if (call := self._call(layers, x)) is not None:
             yield call
         elif len(layers) > 1:
@@ -99,7 +108,7 @@ class PackedWeights:
                 yield from self._usable((layer,), x)
 
     def _call(self, layers: _Layers, x: torch.Tensor) -> _PackedCall | None:
-        """None where it would not do, or not give the same, for inputs of x's size."""
+        """Return a call for inputs of x's size, None where it would not do or not be exact."""
         try:
             weight = self._packed.get(layers)
             if weight is None:
@@ -107,10 +116,10 @@ class PackedWeights:
             if any(_layout(weight) != wanted for wanted in _layouts(layers[0], x)):
                 return None
             call = _PackedCall(layers, weight)
-            is_same = all(_changes_nothing(call, x, threads) for threads in _thread_counts())
+            is_exact = _is_exact(call, x)
         except RuntimeError:  # not on this CPU, or not with this dtype
             return None
-        if not is_same:
+        if not is_exact:
             return None
         self._packed[layers] = weight
         return call
@@ -125,7 +134,7 @@ class _PackedCall:
     def __init__(self, layers: _Layers, weight: torch.Tensor) -> None:
         self.layers = layers
         self._weight = weight
-        biases = [one.bias for one in layers if one.bias is not None]
+        biases = [layer.bias for layer in layers if layer.bias is not None]
         self._bias = torch.cat(biases) if biases else None
         self._outputs: dict[torch.nn.Module, torch.Tensor] = {}
 
@@ -145,42 +154,21 @@ class _PackedCall:
 
     def __call__(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
         if layer is self.layers[0]:
-            self._outputs = dict(zip(self.layers, self._compute(x), strict=True))
+            self._outputs = dict(zip(self.layers, self.compute(x), strict=True))
         return self._outputs.pop(layer)
 
-    def _compute(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+    def compute(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return what each of the layers makes of `x`."""
         first = self.layers[0]
         weight, bias = self._weight, self._bias
         if isinstance(first, torch.nn.Conv2d):
             return [_onednn().convolution(x, weight, bias, *_geometry(first))]
         y = _onednn().linear(x, weight, bias)
-        return torch.split(y, [one.out_features for one in self.layers], dim=-1)
-
-
-def _inputs_of_layers(
-    model: torch.nn.Module, run: Callable[[], Any]
-) -> dict[torch.nn.Module, torch.Tensor]:
-    """The layers that could be packed, each with its one input, in the order of their calls."""
-    inputs: dict[torch.nn.Module, torch.Tensor] = {}
-    repeated = set()
-
-    def note(layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        if layer in inputs:
-            repeated.add(layer)
-        inputs[layer] = args[0]
-
-    layers = [one for one in model.modules() if _is_convolution(one) or _is_linear(one)]
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {layer: x for layer, x in inputs.items() if layer not in repeated}
+        return torch.split(y, [layer.out_features for layer in self.layers], dim=-1)
 
 
 def _given_the_same(inputs: Mapping[torch.nn.Module, torch.Tensor]) -> list[_Layers]:
-    """Linear layers with equal inputs together, if all or none have a bias; convolutions alone."""
+    """Return linear layers with equal inputs together, if all or none have a bias, others alone."""
     groups: list[list[Any]] = []
     for layer, x in inputs.items():
         for group in groups if _is_linear(layer) else ():
@@ -207,7 +195,7 @@ def _pack(layers: _Layers, x: torch.Tensor) -> torch.Tensor:
     first = layers[0]
     if isinstance(first, torch.nn.Conv2d):
         return _pack_convolution(first, x, len(x))
-    weights = torch.cat([one.weight for one in layers])
+    weights = torch.cat([layer.weight for layer in layers])
     packed: torch.Tensor = _onednn().pack_linear(weights)
     return packed
 
@@ -219,46 +207,26 @@ def _pack_convolution(layer: torch.nn.Conv2d, x: torch.Tensor, rows: int) -> tor
 
 
 def _layouts(layer: torch.nn.Module, x: torch.Tensor) -> Iterator[bytes]:
-    """What a convolution's kernels want for several numbers of rows and threads.
+    """Yield what a convolution's kernels want for several numbers of rows and threads.
 
     A linear layer's take what they are given.
     """
     if not isinstance(layer, torch.nn.Conv2d):
         return
-    for threads in _thread_counts():
-        with _running_on(threads):
+    for threads in tried_threads():
+        with running_on(threads):
             found = [_layout(_pack_convolution(layer, x, rows)) for rows in PROBED_ROWS]
         yield from found
 
 
-def _changes_nothing(call: _PackedCall, x: torch.Tensor, threads: int) -> bool:
-    """Whether layers give the same to the bit by the call, for up to a row more than x has.
+def _is_exact(call: _PackedCall, x: torch.Tensor) -> bool:
+    """Return whether any number of rows gives by the call what the layers give for many.
 
     Of what is small PyTorch computes some by kernels of its own, which add up in another order:
     convolutions of a row alone on one thread in float32, products of under 4,096 terms in bfloat16.
     """
-    with _running_on(threads):
-        for rows in range(1, len(x) + 2):
-            sample = torch.randn_like(torch.cat([x, x])[:rows])
-            outputs = [(call(one, sample), one(sample)) for one in call.layers]
-            if not all(itertools.starmap(torch.equal, outputs)):
-                return False
-    return True
-
-
-def _thread_counts() -> set[int]:
-    """Of a part of a forward's rows, and of all of them together."""
-    return {1, torch.get_num_threads()}
-
-
-@contextlib.contextmanager
-def _running_on(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    set_threads(threads)
-    try:
-        yield
-    finally:
-        set_threads(before)
+    sample = random_rows(x)
+    return gives(call.compute, sample, [layer(sample) for layer in call.layers])
 
 
 def _geometry(layer: torch.nn.Conv2d) -> tuple[Any, ...]:

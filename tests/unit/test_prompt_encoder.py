@@ -9,21 +9,21 @@ import pytest
 import torch
 from tiny_model import load_reference_pipeline
 
-from services.unet_worker.families.loading import load_model
-from services.unet_worker.families.text_encoder import TextEncoder
+from services.unet_worker.families.loading import load_family
+from services.unet_worker.families.prompt_encoder import PromptEncoder
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPTS = ["a red cat", "", "the blue dog of the moon", "heart, " * 9, "a red cat"]
 
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_model_folder: Path) -> Any:
-    return load_model(tiny_model_folder, device="cpu", dtype="float32").pipeline
+    return load_family(tiny_model_folder, device="cpu", dtype="float32").pipeline
 
 
-def _encoder(pipeline: Any, max_cached: int = 256) -> TextEncoder:
-    return TextEncoder(pipeline, device=torch.device("cpu"), max_cached=max_cached)
+def _encoder(pipeline: Any, max_cached: int = 256) -> PromptEncoder:
+    return PromptEncoder(pipeline, device=torch.device("cpu"), max_cached=max_cached)
 
 
 def test_embeddings_are_the_pipelines_also_of_the_empty_negative_prompt(
@@ -31,22 +31,25 @@ def test_embeddings_are_the_pipelines_also_of_the_empty_negative_prompt(
 ) -> None:
     reference = load_reference_pipeline(tiny_model_folder)
     embeds, negative = reference.encode_prompt("a red cat", "cpu", 1, True, None)
-    positive, empty = _encoder(pipeline).encode(["a red cat", ""])
+    encoder = _encoder(pipeline)
+    positive, empty = encoder.encode("a red cat"), encoder.encode("")
     torch.testing.assert_close(positive.embeds, embeds[0])
     torch.testing.assert_close(empty.embeds, negative[0])
 
 
-def test_prompts_encoded_together_come_out_as_alone(pipeline: Any) -> None:
-    together = _encoder(pipeline).encode(PROMPTS)
-    for prompt, embedding in zip(PROMPTS, together, strict=True):
-        alone = _encoder(pipeline).encode([prompt])[0]
-        torch.testing.assert_close(embedding.embeds, alone.embeds)
+def test_an_embedding_is_the_same_whatever_was_encoded_before(pipeline: Any) -> None:
+    encoder = _encoder(pipeline)
+    embeddings = [encoder.encode(prompt) for prompt in PROMPTS]
+    for prompt, embedding in zip(PROMPTS, embeddings, strict=True):
+        alone = _encoder(pipeline).encode(prompt)
+        assert torch.equal(embedding.embeds, alone.embeds)
         assert embedding.num_dropped_tokens == alone.num_dropped_tokens
-    assert not torch.allclose(together[0].embeds, together[2].embeds)
+    assert not torch.allclose(embeddings[0].embeds, embeddings[2].embeds)
 
 
 def test_tokens_beyond_the_models_length_are_counted(pipeline: Any) -> None:
-    whole, cut = _encoder(pipeline).encode(["a " * 14, "a " * 17])
+    encoder = _encoder(pipeline)
+    whole, cut = encoder.encode("a " * 14), encoder.encode("a " * 17)
     assert whole.num_dropped_tokens == 0
     assert cut.num_dropped_tokens == 3
     torch.testing.assert_close(whole.embeds, cut.embeds)
@@ -64,9 +67,6 @@ def test_a_prompt_is_encoded_once_while_it_is_in_use(
 
     monkeypatch.setattr(pipeline, "encode_prompt", spy)
     encoder = _encoder(pipeline, max_cached=2)
-    encoder.encode(["sun", "moon", "sun"])
-    encoder.encode(["sun"])
-    encoder.encode(["tree"])
-    encoder.encode(["sun"])
-    encoder.encode(["moon"])
-    assert encoded == [["sun", "moon"], ["tree"], ["moon"]]
+    for prompt in ("sun", "moon", "sun", "tree", "sun", "moon"):
+        encoder.encode(prompt)
+    assert encoded == [["sun"], ["moon"], ["tree"], ["moon"]]
