@@ -144,7 +144,7 @@ class GraphCapture:
 def make_stream(device: torch.device) -> Any:
     """Return a stream of the GPU, None where PyTorch has no CUDA."""
     cuda: Any = torch.cuda
-    return cuda.Stream(device) if cuda.is_available() else None
+    return cuda.Stream(device) if device.type == "cuda" and cuda.is_available() else None
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 import torch
 
+from shared.settings import available_threads
 from shared.threads import running_on, set_threads
 
 ROWS: Final = (1, 2, 3, 4, 8, 16, 32)
@@ -46,7 +47,7 @@ _outside = threading.local()
 
 def tried_threads() -> tuple[int, ...]:
     """Return numbers of threads that a forward or a part of it may have."""
-    threads = torch.get_num_threads()
+    threads = max(torch.get_num_threads(), available_threads())
     return tuple(sorted({1, max(threads // 2, 1), threads}))
 
 
