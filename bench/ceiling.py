@@ -11,7 +11,7 @@ Activity = tuple[float, float, float]
 
 
 def ceiling_s(profile: Profile, *, num_rows: float, num_decodes: float) -> float:
-    """The least time for so many rows and decodes of the profile's own size.
+    """Return the least time for so many rows and decodes of the profile's own size.
 
     A linear programme: how often each activity of the profile is done, so that all rows and all
     decodes are done in the least time. With two conditions, two activities are enough.
@@ -34,7 +34,7 @@ def ceiling_s(profile: Profile, *, num_rows: float, num_decodes: float) -> float
 
 
 def _activities(profile: Profile) -> list[Activity]:
-    """Every measured slot, alone or with chunks beside it all along, and a decode alone."""
+    """Return each measured slot, alone or with chunks beside it all along, and a decode alone."""
     key = profile.slots[0].key
     decode = profile.decode(key)
     chunks_of_a_decode = len(decode.chunk_ms) if decode else 1

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench.chunking_memory import MemoryCase, peak_extra_bytes, random_decoder
 from bench.report import spread, write_report
-from cli.stack import EMBEDDED_MODEL
+from launch.stack import EMBEDDED_MODEL
 from services.vae_worker.decoding import ChunkPlan, Granularity, decode_chunks, plan_chunks
 from services.vae_worker.model import load_decoder
 from shared.device import DtypeName, choose_device, choose_dtype

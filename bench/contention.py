@@ -10,7 +10,7 @@ import typer
 
 from bench.report import spread, write_report
 from bench.side_by_side import Chunks, Forward, Pair, running_pair
-from cli.stack import EMBEDDED_MODEL
+from launch.stack import EMBEDDED_MODEL
 from services.scheduler.measurements import thread_splits
 from shared.settings import available_threads
 

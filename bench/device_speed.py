@@ -19,12 +19,12 @@ class TimesSlots(Protocol):
     """The real services, or the simulator."""
 
     def slot_ms(self, *, size: str, rows: int, threads: int) -> float:
-        """Median of slots alone, of dummy rows, taken now; nothing serves meanwhile or after."""
+        """Return the median of slots alone, of dummy rows; nothing serves meanwhile or after."""
         ...
 
 
 def device_slowdown(stack: TimesSlots, profile: Profile, *, rows: int = 0) -> float:
-    """How much longer a slot alone takes now than when the profile was measured. 0: a full one."""
+    """Return how many times as long a slot alone takes as in the profile. 0: a full one."""
     size = profile.slots[0].key
     rows, kind = rows or profile.knee(size), profile.alone_kind(size)
     now_ms = stack.slot_ms(size=size, rows=rows, threads=kind.unet_threads)
@@ -32,13 +32,13 @@ def device_slowdown(stack: TimesSlots, profile: Profile, *, rows: int = 0) -> fl
 
 
 def slowdowns_by_rows(stack: TimesSlots, profile: Profile) -> dict[int, float]:
-    """The same of a small slot and of a full one."""
+    """Return the slowdown of a small slot and of a full one."""
     sizes = (FEW_ROWS, profile.knee(profile.slots[0].key))
     return {rows: device_slowdown(stack, profile, rows=rows) for rows in sizes}
 
 
 def slowed_down(profile: Profile, slowdowns: Mapping[int, float]) -> Profile:
-    """The profile of the same device when slots of so many rows take so many times as long.
+    """Return the profile when slots of so many rows take so many times as long.
 
     Slots of other sizes in between and beyond, decodes and prompts accordingly.
     """
@@ -51,12 +51,12 @@ def slowed_down(profile: Profile, slowdowns: Mapping[int, float]) -> Profile:
     return replace(
         profile,
         slots=tuple(
-            replace(one, step_ms=scaled(one.step_ms), chunks_ms=scaled(one.chunks_ms))
-            for one in profile.slots
+            replace(slot, step_ms=scaled(slot.step_ms), chunks_ms=scaled(slot.chunks_ms))
+            for slot in profile.slots
         ),
         decodes=tuple(
-            replace(one, chunk_ms=tuple(factors[-1] * ms for ms in one.chunk_ms))
-            for one in profile.decodes
+            replace(decode, chunk_ms=tuple(factors[-1] * ms for ms in decode.chunk_ms))
+            for decode in profile.decodes
         ),
         encode_ms=factors[0] * profile.encode_ms,
     )

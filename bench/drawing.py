@@ -29,10 +29,11 @@ _ATTEMPT = "1-1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What to draw. picture: index of the reference that the caption names."""
+    """What to draw."""
 
     caption: str
     picture: int
+    """Index of the reference that the caption names."""
     seed: int
     sampler: str = "ddim"
     num_inference_steps: int = 25
@@ -41,21 +42,20 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawing:
-    """A way to draw a case.
-
-    level: its `guidance_skip`. skips: the steps at which skipping is asked for, None for all; the
-    level decides whether it is granted. unguided_from: the step from which on guidance is dropped,
-    None for never.
-    """
+    """A way to draw a case."""
 
     case: Case
     level: str = "off"
+    """Its `guidance_skip`."""
     skips: frozenset[int] | None = None
+    """The steps at which skipping is asked for, None for all; the level decides whether it is
+    granted."""
     unguided_from: int | None = None
+    """The step from which on guidance is dropped, None for never."""
 
 
 def anywhere(parameters: SkipParameters) -> SkipParameters:
-    """A level with the same extrapolation that may skip at every step behind the first two."""
+    """Return a level with the same extrapolation that may skip at every step from the third on."""
     return replace(
         parameters, warm_up=0.0, first_gap=1.0, gap_growth=0.0, max_gap=1.0, max_error=1e9
     )
@@ -87,7 +87,7 @@ class Studio:
         self._denoiser = Denoiser(family, backend, max_requests=MAX_DRAWINGS, skip_levels=levels)
 
     def denoise(self, drawings: Sequence[Drawing]) -> list[FinishedLatents]:
-        """The latents of each drawing, in order."""
+        """Return the latents of each drawing, in order."""
         finished: list[FinishedLatents] = []
         for first in range(0, len(drawings), MAX_DRAWINGS):
             finished += self._denoise_together(drawings[first : first + MAX_DRAWINGS])
@@ -95,7 +95,7 @@ class Studio:
 
     @torch.inference_mode()
     def decode(self, latents: Sequence[Tensor]) -> Tensor:
-        """Pictures (N, 3, height, width) in [0, 1] of latents (1, C, h, w)."""
+        """Return pictures (N, 3, height, width) in [0, 1] of latents (1, C, h, w)."""
         vae = self._decoder.vae
         scaled = torch.cat(list(latents)).to(self._decoder.dtype) / vae.config.scaling_factor
         pictures = [vae.decode(part, return_dict=False)[0] for part in scaled.split(8)]
@@ -106,14 +106,14 @@ class Studio:
             self._denoiser.admit(str(number), _ATTEMPT, self._parameters(drawing))
         finished: dict[str, FinishedLatents] = {}
         while held := self._denoiser.held():
-            for one in held:
-                if drawings[int(one.request_id)].unguided_from == one.step_index:
-                    self._drop_guidance(one)
-            rows = [self._row(one, drawings[int(one.request_id)]) for one in held]
+            for request in held:
+                if drawings[int(request.request_id)].unguided_from == request.step_index:
+                    self._drop_guidance(request)
+            rows = [self._row(request, drawings[int(request.request_id)]) for request in held]
             result = self._denoiser.run(rows)
             if result.failures:
                 raise RuntimeError(result.failures[0].reason)
-            finished |= {one.request_id: one for one in result.finished}
+            finished |= {latents.request_id: latents for latents in result.finished}
         return [finished[str(number)] for number in range(len(drawings))]
 
     def _row(self, held: HeldRequest, drawing: Drawing) -> SlotRow:

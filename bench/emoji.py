@@ -46,7 +46,7 @@ def run(
     guidance_scale: float = 5.0,
     report: Annotated[Path, typer.Option(help="The report to write.")] = REPORT_FILE,
 ) -> dict[str, float]:
-    """Share of names, and of synonyms, whose picture is nearest to the one they stand for."""
+    """Return the share of names, and of synonyms, whose picture is nearest to their own."""
     count = captions or (40 if quick else 200)
     references = load_references(model)
     pipeline = StableDiffusionPipeline.from_pretrained(model)
@@ -106,7 +106,7 @@ def choose_captions(references: References, count: int, seed: int) -> list[tuple
 
 
 def _share(samples: list[Sample]) -> float:
-    """Share of hits among `samples`."""
+    """Return the share of hits among `samples`."""
     return round(sum(sample.is_hit for sample in samples) / len(samples), 4)
 
 

@@ -29,7 +29,7 @@ from bench.fidelity_samples import (
 )
 from bench.fidelity_sheet import save_sheet
 from bench.report import REPORTS, machine, percentile, write_report
-from cli.stack import EMBEDDED_MODEL
+from launch.stack import EMBEDDED_MODEL
 from shared.settings import available_threads
 from training.retrieval import References, load_references
 
@@ -40,26 +40,24 @@ CASES_AT_ONCE = 10  # three drawings of each share a forward
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """Requests of one kind.
-
-    num_prompts: each with `num_seeds` seeds. baseline_every: so many cases have one that is drawn
-    by the baselines, too; 0 for none.
-    """
+    """Requests of one kind."""
 
     num_prompts: int = 16
+    """Each with `num_seeds` seeds."""
     num_seeds: int = 1
     sampler: str = "ddim"
     num_inference_steps: int = 25
     guidance_scale: float = 5.0
     baseline_every: int = 0
+    """So many cases have one that is drawn by the baselines, too; 0 for none."""
 
     @property
     def name(self) -> str:
-        """Of its file of samples."""
+        """Return the name of the cell's file of samples."""
         return f"{self.sampler}-{self.num_inference_steps}-steps-guidance-{self.guidance_scale:g}"
 
     def cases(self, references: References, *, half: int, seed: int) -> list[Case]:
-        """Its requests, on the references of that half; as many seeds after one another."""
+        """Return its requests, on the references of that half; as many seeds after one another."""
         return [
             Case(
                 caption=caption,
@@ -89,7 +87,7 @@ QUICK = Cell(num_prompts=14, baseline_every=1)
 
 
 def choose_prompts(references: References, count: int, *, half: int) -> list[tuple[int, str]]:
-    """(picture, caption) of one half: its names, evenly spread, then first synonyms, and so on."""
+    """Return (picture, caption) of one half: its names, evenly spread, then first synonyms."""
     pictures = range(half, len(references.captions), 2)
     prompts = [
         (picture, references.captions[picture][turn])
@@ -106,7 +104,7 @@ def run(
     quick: Annotated[bool, typer.Option(help="Less certain, under 50 s.")] = False,
     cell: Annotated[int | None, typer.Option(help="Measure one cell again.")] = None,
 ) -> Mapping[str, Any]:
-    """What skipped guidance saves, and how far the pictures are from those of full guidance.
+    """Return what skipped guidance saves, and how far its pictures are from full guidance's.
 
     Returns, for `balanced` and `fast`: `rows_saved`, of all rows of the fully guided run;
     `psnr_mean_db`, `psnr_p5_db`, `foreground_psnr_mean_db`, `ssim_mean`; `retrieval_delta`, the
@@ -125,10 +123,10 @@ def run(
             summary = summarise(samples)
             write_report("fidelity_quick", {"cell": asdict(QUICK), "summary": summary})
             return _last_line(summary)
-        for number, one in enumerate(CELLS):
-            _complete(pool, one, references, seed=seed, is_new=number == cell)
-    cells = [(one, _read(_path(one))[1]) for one in CELLS]
-    summaries = [{**asdict(one), "summary": summarise(samples)} for one, samples in cells]
+        for number, entry in enumerate(CELLS):
+            _complete(pool, entry, references, seed=seed, is_new=number == cell)
+    cells = [(entry, _read(_path(entry))[1]) for entry in CELLS]
+    summaries = [{**asdict(entry), "summary": summarise(samples)} for entry, samples in cells]
     write_report("fidelity", {"cells": summaries})
     save_sheet(CELLS[0].cases(references, half=1, seed=seed), SHEET)
     for line in summaries:
@@ -137,7 +135,7 @@ def run(
 
 
 def summarise(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
-    """The figures of each way to draw, over all samples that have it.
+    """Return the figures of each way to draw, over all samples that have it.
 
     below_level_db: how much nearer to full guidance a baseline's level is, on the same requests.
     """
@@ -150,21 +148,22 @@ def summarise(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
             "retrieval": statistics.fmean(m["is_hit"] for m in found),
         }
         if arm != "full":
-            psnr = [one["psnr_db"] for one in found]
+            psnr = [sample["psnr_db"] for sample in found]
             figures |= {
-                "rows_saved": statistics.fmean(one["rows_saved"] for one in found),
+                "rows_saved": statistics.fmean(sample["rows_saved"] for sample in found),
                 "psnr_mean_db": statistics.fmean(psnr),
                 "psnr_p5_db": percentile(psnr, 0.05),
                 "foreground_psnr_mean_db": statistics.fmean(m["foreground_db"] for m in found),
-                "ssim_mean": statistics.fmean(one["ssim"] for one in found),
-                "gmsd_mean": statistics.fmean(one["gmsd"] for one in found),
+                "ssim_mean": statistics.fmean(sample["ssim"] for sample in found),
+                "gmsd_mean": statistics.fmean(sample["gmsd"] for sample in found),
                 "retrieval_delta": figures["retrieval"] - statistics.fmean(full),
             }
         level = arm.partition("_")[0]
         if level != arm:
             levels = [sample["arms"][level] for sample in samples if arm in sample["arms"]]
             figures["below_level_db"] = statistics.fmean(
-                one["psnr_db"] - other["psnr_db"] for one, other in zip(levels, found, strict=True)
+                same_level["psnr_db"] - other["psnr_db"]
+                for same_level, other in zip(levels, found, strict=True)
             )
         summary[arm] = {name: round(value, 4) for name, value in figures.items()}
     return summary
@@ -184,10 +183,10 @@ def _last_line(summary: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str
 
 
 def _measure(pool: ProcessPoolExecutor, cell: Cell, cases: Sequence[Case]) -> Any:
-    """Samples as they are done."""
+    """Yield samples as they are done."""
     groups = [cases[first : first + CASES_AT_ONCE] for first in range(0, len(cases), CASES_AT_ONCE)]
     every = cell.baseline_every
-    tasks = [pool.submit(measure_cases, one, one[::every] if every else ()) for one in groups]
+    tasks = [pool.submit(measure_cases, group, group[::every] if every else ()) for group in groups]
     for done, task in enumerate(as_completed(tasks), start=1):
         yield from task.result()
         print(f"{cell.name}: {done} of {len(tasks)} batches", flush=True)
@@ -205,7 +204,7 @@ def _complete(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(header) + "\n")
         samples = []
-    done = {(one["case"]["caption"], one["case"]["seed"]) for one in samples}
+    done = {(sample["case"]["caption"], sample["case"]["seed"]) for sample in samples}
     missing = [case for case in cases if (case.caption, case.seed) not in done]
     commit = machine()["commit"]
     with path.open("a") as file:
@@ -219,7 +218,7 @@ def _path(cell: Cell) -> Path:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[Sample]]:
-    """A cell's header and samples; a line that was cut short is left out."""
+    """Return a cell's header and samples; a line that was cut short is left out."""
     if not path.exists():
         return {}, []
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.drawing import Case, Drawing, Studio, anywhere
 from bench.picture_metrics import foreground_psnr_db, gmsd, psnr_db, ssim
-from cli.stack import EMBEDDED_MODEL
+from launch.stack import EMBEDDED_MODEL
 from services.unet_worker.families.loading import load_family
 from services.vae_worker.model import load_decoder
 from shared.guidance_skip import SKIP_LEVELS, SkipParameters
@@ -28,7 +28,7 @@ _FIRST_RANDOM_STEP = 2  # the extrapolation needs two directions
 
 
 def fingerprint() -> str:
-    """What a sample depends on besides its request: the model's weights and the skip levels."""
+    """Return what a sample depends on besides its request: weights and skip levels."""
     digest = hashlib.sha256(repr(dict(SKIP_LEVELS)).encode())
     for path in sorted(EMBEDDED_MODEL.rglob("*.safetensors")):
         digest.update(path.read_bytes())
@@ -55,7 +55,7 @@ def start_process() -> None:
 
 
 def open_studio() -> Studio:
-    """A studio on the embedded model, in float32, that knows the levels and their baselines."""
+    """Return a studio on the embedded model, in float32, with the levels and their baselines."""
     levels: dict[str, SkipParameters | None] = dict(SKIP_LEVELS)
     for name, parameters in SKIP_LEVELS.items():
         if parameters:
@@ -69,7 +69,7 @@ def open_studio() -> Studio:
 
 
 def measure_cases(cases: Sequence[Case], compared: Sequence[Case]) -> list[Sample]:
-    """A sample of each case; those `compared` are drawn by the baselines, too."""
+    """Return a sample of each case; those `compared` are drawn by the baselines, too."""
     drawings = {"full": [Drawing(case=case) for case in cases]}
     drawings |= {level: [Drawing(case=case, level=level) for case in cases] for level in LEVELS}
     latents, skipped = _draw(drawings)
@@ -104,7 +104,7 @@ def _random_steps(case: Case, count: int) -> frozenset[int]:
 def _draw(
     drawings: dict[str, list[Drawing]],
 ) -> tuple[dict[str, dict[Case, Tensor]], dict[str, dict[Case, list[int]]]]:
-    """Latents, and the steps without a negative row, by way to draw and case."""
+    """Return latents, and the steps without a negative row, by way to draw and case."""
     flat = [drawing for group in drawings.values() for drawing in group]
     finished = iter(_process.studio.denoise(flat))
     latents: dict[str, dict[Case, Tensor]] = {}
@@ -123,7 +123,7 @@ def _draw(
 def _measure(
     latents: dict[str, dict[Case, Tensor]], skipped: dict[str, dict[Case, list[int]]]
 ) -> dict[str, dict[Case, dict[str, Any]]]:
-    """The measures of every picture, by way to draw and case."""
+    """Return the measures of every picture, by way to draw and case."""
     pictures = {
         arm: dict(zip(group, _process.studio.decode(list(group.values())), strict=True))
         for arm, group in latents.items()
@@ -138,7 +138,7 @@ def _measure(
             steps = skipped[arm]
             measures |= {
                 "skipped": [steps[case] for case in cases],
-                "rows_saved": [len(steps[one]) / (2 * one.num_inference_steps) for one in cases],
+                "rows_saved": [len(steps[case]) / (2 * case.num_inference_steps) for case in cases],
                 "psnr_db": _rounded(psnr_db(drawn, full)),
                 "foreground_db": _rounded(foreground_psnr_db(drawn, full)),
                 "ssim": _rounded(ssim(drawn, full)),
@@ -156,9 +156,12 @@ def _rounded(values: Tensor) -> list[float]:
 
 
 def _hits(cases: Sequence[Case], pictures: Tensor) -> list[bool]:
-    """Whether each picture is nearest to the reference that its caption names."""
+    """Return whether each picture is nearest to the reference that its caption names."""
     blocks = pictures.shape[-1] // REFERENCE_SIZE
     small = torch.nn.functional.avg_pool2d(pictures, blocks)
     groups = _process.groups
     nearest = _process.references.nearest(small)
-    return [groups[case.picture] == groups[one] for case, one in zip(cases, nearest, strict=True)]
+    return [
+        groups[case.picture] == groups[reference]
+        for case, reference in zip(cases, nearest, strict=True)
+    ]

@@ -24,7 +24,7 @@ def save_sheet(cases: Sequence[Case], path: Path) -> None:
     studio = open_studio()
     ways = ("off", *LEVELS)
     drawings = [Drawing(case=case, level=level) for level in ways for case in chosen]
-    pictures = studio.decode([one.latents for one in studio.denoise(drawings)])
+    pictures = studio.decode([drawn.latents for drawn in studio.denoise(drawings)])
     by_way = dict(zip(ways, torch.tensor_split(pictures, len(ways)), strict=True))
     images: list[Image.Image] = []
     captions: list[str] = []

@@ -32,7 +32,7 @@ class NotStoppedError(SynerDiffError):
 
 @contextlib.contextmanager
 def stopped_thread(pid: int) -> Iterator[int]:
-    """Stop the thread of a process that has computed most, but for its main one; yields its id.
+    """Stop a process's thread that has computed most, but for its main one; yield its id.
 
     The thread goes on when the context is left.
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import statistics
 import time
-from collections.abc import Iterator
 from typing import Annotated, Any, Final
 
 import aiohttp
@@ -23,8 +21,8 @@ from bench.overload import Load
 from bench.poison import Poison, Poisons
 from bench.report import percentile, write_report
 from bench.server import connect, private_server
-from cli.private_stack import private_stack
-from cli.stack import EMBEDDED_MODEL
+from launch.private_stack import private_stack
+from launch.stack import EMBEDDED_MODEL
 from shared import keys, streams
 from shared.messages import GenerateImage, ImageParameters
 
@@ -36,22 +34,6 @@ FILLER_PIECE_BYTES: Final = 4 << 20
 OVERLOAD: Final = 5.0
 CLIENTS: Final = 24
 OUTAGE_S: Final = 30.0
-
-
-@contextlib.contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """Set `SYNERDIFF_*` variables for what is started meanwhile."""
-    names = {f"SYNERDIFF_{name}": value for name, value in variables.items()}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def service_pid(package: str) -> int:
@@ -69,7 +51,7 @@ def hung_thread_recoveries_s(pictures: int) -> dict[str, float | None]:
     The compute thread is stopped while pictures are made and stays stopped until they are there.
     """
     recoveries: dict[str, float | None] = {}
-    with environment(MAX_CALL_S=str(MAX_CALL_S)), private_stack() as url:
+    with private_stack(settings={"max_call_s": MAX_CALL_S}) as url:
         for package in ("unet_worker", "vae_worker"):
             asyncio.run(_make_pictures(url, pictures))
             try:
@@ -219,7 +201,7 @@ def run(
     seed: int = 0,
     quick: Annotated[bool, typer.Option(help="Less certain, under 50 s.")] = False,
 ) -> dict[str, float | int | None]:
-    """Hang, poison, fill and overload a stack, and see it recover.
+    """Return how a stack recovers from hanging, poison, a full store and overload.
 
     Returns: `hung_thread_recovery_s` (the slower of the two workers: from the bound of a call to
     the last picture; null where threads can't be stopped), `poison_kinds`, `poison_outages`,
@@ -230,7 +212,7 @@ def run(
     recoveries = hung_thread_recoveries_s(4 if quick else 24)
     num_poisons, outages = poison_outages()
     full_store_s = full_store_recovery_s(2.0 if quick else 30.0)
-    with environment(REQUEST_TIMEOUT_S=str(REQUEST_TIMEOUT_S)), private_stack() as url:
+    with private_stack(settings={"request_timeout_s": REQUEST_TIMEOUT_S}) as url:
         loaded = asyncio.run(
             overload(
                 url,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
-import os
 import random
 import time
 from collections import deque
@@ -21,8 +20,8 @@ import typer
 
 from bench.report import spread, write_report
 from bench.side_by_side import child_environment
-from cli.private_stack import private_stack
-from cli.stack import EMBEDDED_MODEL, WORKER_ENVIRONMENT
+from launch.private_stack import private_stack
+from launch.stack import EMBEDDED_MODEL, WORKER_ENVIRONMENT
 from services.unet_worker.backends.choice import choose_backend
 from services.unet_worker.denoising.denoiser import Denoiser, FinishedLatents
 from services.unet_worker.families.loading import load_family
@@ -189,9 +188,9 @@ def run(
     stack's compute threads run slots and decodes), `stack_to_bare_ratio` (throughputs).
     """
     num_rounds, num_requests = (2, 12) if quick else (5, 40)
-    os.environ["SYNERDIFF_MAX_ROWS"] = str(MAX_ROWS)
     rounds: list[Round] = []
-    with _bare_process() as bare, private_stack("--policy", "continuous-serial") as url:
+    stack = private_stack("--policy", "continuous-serial", settings={"max_rows": MAX_ROWS})
+    with _bare_process() as bare, stack as url:
         size = bare.submit(_bare_size).result()
         for number in range(-1, num_rounds):
             count = num_requests if number >= 0 else 4

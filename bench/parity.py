@@ -20,8 +20,8 @@ import typer
 from PIL import Image
 
 from bench.report import spread, write_report
-from cli.private_stack import private_stack
-from cli.stack import EMBEDDED_MODEL
+from launch.private_stack import private_stack
+from launch.stack import EMBEDDED_MODEL
 from services.unet_worker.backends.eager import EagerBackend
 from services.unet_worker.denoising.denoiser import Denoiser
 from services.unet_worker.denoising.samplers import SAMPLERS

@@ -24,12 +24,12 @@ _GMSD_C = 170 / 255**2
 
 
 def psnr_db(pictures: Tensor, references: Tensor) -> Tensor:
-    """10 log10(1 / mean squared error) of each picture, shape (N,), at most `MAX_PSNR_DB`."""
+    """Return 10 log10(1 / mean squared error) by picture, (N,), at most `MAX_PSNR_DB`."""
     return _psnr_db((pictures - references).square().flatten(1).mean(dim=1))
 
 
 def foreground_psnr_db(pictures: Tensor, references: Tensor) -> Tensor:
-    """The same over the pixels that are not white in both pictures; white ones would flatter."""
+    """Return the PSNR of the pixels that are not white in both pictures, which would flatter."""
     background = torch.minimum(pictures, references).amin(dim=1) >= 1 - BACKGROUND_TOLERANCE
     errors = (pictures - references).square().mean(dim=1)
     errors = errors.masked_fill(background, 0.0).flatten(1).sum(dim=1)
@@ -37,7 +37,7 @@ def foreground_psnr_db(pictures: Tensor, references: Tensor) -> Tensor:
 
 
 def ssim(pictures: Tensor, references: Tensor) -> Tensor:
-    """Mean structural similarity of the luma, shape (N,): Wang et al. 2004, equation 13.
+    """Return the mean structural similarity of the luma, (N,): Wang et al. 2004, equation 13.
 
     Gaussian windows of 11 pixels with a standard deviation of 1.5, only those inside the picture.
     """
@@ -61,7 +61,7 @@ def ssim(pictures: Tensor, references: Tensor) -> Tensor:
 
 
 def gmsd(pictures: Tensor, references: Tensor) -> Tensor:
-    """Gradient magnitude similarity deviation of the luma, shape (N,); 0 for equal pictures.
+    """Return the gradient magnitude similarity deviation of the luma, (N,); 0 for equal ones.
 
     Xue, Zhang, Mou, Bovik 2013, equations 3 to 6: the luma halved, Prewitt gradients, and the
     standard deviation of their similarity over the picture.

@@ -24,7 +24,7 @@ from bench.profiler import profile as measure_profile
 from bench.real_stack import real_stack
 from bench.report import REPORTS, machine, write_report
 from bench.simulated_stack import SimulatedStack
-from cli.stack import COMPILED_KERNELS, WORKER_ENVIRONMENT
+from launch.stack import COMPILED_KERNELS, WORKER_ENVIRONMENT
 from services.scheduler.profile import Profile
 from services.scheduler.profile_file import parse_profile
 

@@ -15,7 +15,7 @@ import typer
 from bench.report import machine
 from bench.side_by_side import Chunks, Forward, Pair, running_pair
 from bench.skip_levels import measure_skip_levels
-from cli.stack import EMBEDDED_MODEL
+from launch.stack import EMBEDDED_MODEL
 from services.scheduler.measurements import (
     ALONE_ROWS,
     BESIDE_CHUNKS,

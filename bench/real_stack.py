@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import os
 import random
 import subprocess
 import tempfile
@@ -23,12 +22,13 @@ from typing import Any, Final
 import aiohttp
 
 from bench.server import connect, private_server
-from cli.client import GatewayError, is_ready
-from cli.stack import WORKER_ENVIRONMENT, Stack, StackOptions, prepare_stack
-from cli.supervisor import Service
+from launch.client import GatewayError, is_ready
+from launch.stack import WORKER_ENVIRONMENT, Stack, StackOptions, prepare_stack
+from launch.supervisor import Service
 from services.scheduler.simulation.arrivals import Arrival, Mix, make_arrivals
 from shared import codec, keys
-from shared.messages import MeasureSlot, SlotMeasured, WorkerInfo
+from shared.messages import MeasureSlot, SlotMeasured
+from shared.registrations import readable_workers
 
 START_TIMEOUT_S: Final = 600.0
 SLOT_WINDOW_MS: Final = 1_000.0
@@ -39,29 +39,30 @@ PROMPTS: Final = ("red apple", "cat face", "rocket", "sunflower", "pizza")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """One request of a trace. Seconds after the trace's start; num_skipped: of its steps."""
+    """One request of a trace; seconds after the trace's start."""
 
     submitted_s: float
     finished_s: float
     num_steps: int
     is_guided: bool
     num_skipped: int
+    """Of its steps."""
 
     @property
     def latency_s(self) -> float:
-        """From the request to its answer, as the client sees it."""
+        """Return the time from the request to its answer, as the client sees it."""
         return self.finished_s - self.submitted_s
 
     @property
     def num_rows(self) -> int:
-        """UNet rows that its steps took."""
+        """Return the UNet rows that its steps took."""
         return self.num_steps * (2 if self.is_guided else 1) - self.num_skipped
 
 
 def throughput_per_s(served: Sequence[Served]) -> float:
-    """Pictures a second from the first request to the last answer."""
-    first = min(one.submitted_s for one in served)
-    return len(served) / (max(one.finished_s for one in served) - first)
+    """Return the pictures a second from the first request to the last answer."""
+    first = min(request.submitted_s for request in served)
+    return len(served) / (max(request.finished_s for request in served) - first)
 
 
 class RealStack:
@@ -78,9 +79,10 @@ class RealStack:
         self._epoch = 0
 
     def start(self, worker_environment: Mapping[str, str]) -> None:
-        """Gateway and workers; `serve_by` waits for them.
+        """Start gateway and workers; `serve_by` waits for them.
 
-        worker_environment: instead of the one that workers have by default.
+        Args:
+            worker_environment: Instead of the workers' own.
         """
         for service in self._services:
             environment = dict(service.environment)
@@ -91,7 +93,7 @@ class RealStack:
             self._launch(service, environment)
 
     def slot_ms(self, *, size: str, rows: int, threads: int) -> float:
-        """Median of slots alone, of dummy rows, in the UNet worker. The scheduler is ended.
+        """Return the median of slots of dummy rows in the UNet worker. The scheduler is ended.
 
         Raises:
             GatewayError: The worker did not answer.
@@ -120,14 +122,13 @@ class RealStack:
         raise GatewayError(f"no slot was measured:\n{self._log([])}")
 
     def _unet_worker(self) -> str:
-        """The incarnation of one that is ready."""
+        """Return the incarnation of a UNet worker that is ready, once there is one."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
-            for name in self._redis.smembers(keys.WORKERS):
-                payload = self._redis.get(keys.worker(name.decode()))
-                info = codec.decode_value(payload, WorkerInfo) if payload else None
-                if info and info.kind == "unet":
-                    return info.incarnation
+            names = [keys.worker(name.decode()) for name in self._redis.smembers(keys.WORKERS)]
+            for worker in readable_workers(self._redis.mget(names) if names else []):
+                if worker.kind == "unet":
+                    return worker.incarnation
             time.sleep(0.1)
         raise GatewayError(f"no UNet worker came up:\n{self._log([])}")
 
@@ -142,7 +143,7 @@ class RealStack:
         self._launch(self._scheduler, environment)
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._is_serving():
-            dead = [name for name, one in self._processes.items() if one.poll() is not None]
+            dead = [name for name, process in self._processes.items() if process.poll() is not None]
             if dead or time.monotonic() > deadline:
                 raise GatewayError(f"{dead or policy} did not come up:\n{self._log(dead)}")
             time.sleep(0.1)
@@ -160,7 +161,7 @@ class RealStack:
         )
 
     def play(self, arrivals: Sequence[Arrival]) -> list[Served]:
-        """Send every request at its time over HTTP and wait for all of them."""
+        """Send every request at its time over HTTP, and return what all of them came to."""
         served = self.play_within(arrivals, limit_s=math.inf, max_late=len(arrivals))
         assert served is not None
         return served
@@ -168,7 +169,7 @@ class RealStack:
     def play_within(
         self, arrivals: Sequence[Arrival], *, limit_s: float, max_late: int
     ) -> list[Served] | None:
-        """The same, given up as soon as more than `max_late` requests have taken `limit_s`."""
+        """Play, but return None as soon as more than `max_late` requests have taken `limit_s`."""
         return asyncio.run(_play(self._stack.url, arrivals, limit_s, max_late))
 
     def stop(self) -> None:
@@ -178,7 +179,7 @@ class RealStack:
         self._redis.close()
 
     def _is_serving(self) -> bool:
-        """Whether a scheduler newer than the last one sees both workers."""
+        """Return whether a scheduler newer than the last one sees both workers."""
         payload = self._redis.get(keys.STATUS)
         status = codec.decode_value(payload, dict[str, Any]) if payload else {}
         if not (status.get("unet_workers") and status.get("vae_workers")):
@@ -216,13 +217,16 @@ class RealStack:
 def real_stack(
     *, profile: Path, worker_environment: Mapping[str, str] = WORKER_ENVIRONMENT
 ) -> Iterator[RealStack]:
-    """Workers of the embedded model and a gateway, without a scheduler until `serve_by`.
+    """Run workers of the embedded model and a gateway; the scheduler comes with `serve_by`.
 
-    profile: what the schedulers plan by.
+    Args:
+        profile: What the schedulers plan by.
+        worker_environment: Instead of the workers' own.
     """
     with private_server() as redis_url, tempfile.TemporaryDirectory(prefix="sd-bench-") as name:
-        os.environ["SYNERDIFF_PROFILES"] = str(profile.absolute())
-        running = RealStack(prepare_stack(StackOptions(port=0)), redis_url, Path(name))
+        running = RealStack(
+            prepare_stack(StackOptions(port=0, profiles=profile.absolute())), redis_url, Path(name)
+        )
         try:
             running.start(worker_environment)
             yield running

@@ -16,7 +16,7 @@ REPORTS = Path("reports")
 
 
 def spread(samples: Sequence[float]) -> dict[str, float]:
-    """Median and range of repeated measurements; at least one."""
+    """Return median and range of repeated measurements; at least one."""
     return {
         "median": statistics.median(samples),
         "min": min(samples),
@@ -26,13 +26,13 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
 
 
 def percentile(samples: Sequence[float], fraction: float) -> float:
-    """The sample below which that fraction of the others lies (nearest rank)."""
+    """Return the sample below which that fraction of the others lies (nearest rank)."""
     ordered = sorted(samples)
     return ordered[min(len(ordered) - 1, max(0, round(fraction * len(ordered) + 0.5) - 1))]
 
 
 def write_report(name: str, report: Mapping[str, Any]) -> Path:
-    """Write `reports/NAME.json`, with the machine and commit it was taken at."""
+    """Write `reports/NAME.json`, with the machine and commit it was taken at; return its path."""
     REPORTS.mkdir(exist_ok=True)
     path = REPORTS / f"{name}.json"
     path.write_text(json.dumps({**report, "measured_on": machine()}, indent=2) + "\n")
@@ -40,7 +40,7 @@ def write_report(name: str, report: Mapping[str, Any]) -> Path:
 
 
 def machine() -> dict[str, Any]:
-    """The machine and the commit that a figure was taken at."""
+    """Return the machine and the commit that a figure was taken at."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607 - whichever git is there
         capture_output=True,

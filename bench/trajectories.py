@@ -23,24 +23,23 @@ from shared.guidance_skip import SkipParameters
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trajectories:
-    """Fully guided requests of one sampler, number of steps and scale.
-
-    uncond, text: (steps, cases, C, h, w), the UNet's two predictions. latents: (cases, C, h, w),
-    the final ones.
-    """
+    """Fully guided requests of one sampler, number of steps and scale."""
 
     cases: tuple[Case, ...]
     uncond: Tensor
+    """(steps, cases, C, h, w): the UNet's prediction without the prompt."""
     text: Tensor
+    """The same with the prompt."""
     latents: Tensor
+    """(cases, C, h, w): the final ones."""
 
     @property
     def num_steps(self) -> int:
-        """UNet forwards of each request."""
+        """Return the UNet forwards of each request."""
         return self.text.shape[0]
 
     def first(self, count: int) -> Trajectories:
-        """Those of the first cases."""
+        """Return those of the first cases."""
         return Trajectories(
             cases=self.cases[:count],
             uncond=self.uncond[:, :count],
@@ -50,7 +49,7 @@ class Trajectories:
 
     @property
     def directions(self) -> Tensor:
-        """The guidance of every step, (steps, cases, C, h, w)."""
+        """Return the guidance of every step, (steps, cases, C, h, w)."""
         return self.text - self.uncond
 
 
@@ -69,7 +68,7 @@ class _Recorder(EagerBackend):
 
 
 def record(family: Family, decoder: Decoder, folder: Path, cases: Sequence[Case]) -> Trajectories:
-    """Run the cases in full, all in one batch; they share their sampler and number of steps."""
+    """Run the cases in full, in one batch; they share their sampler and number of steps."""
     recorder = _Recorder(family)
     studio = Studio(family, decoder, folder, {"off": None}, recorder)
     finished = studio.denoise([Drawing(case=case) for case in cases])
@@ -78,7 +77,7 @@ def record(family: Family, decoder: Decoder, folder: Path, cases: Sequence[Case]
         cases=tuple(cases),
         uncond=said[:, : len(cases)],
         text=said[:, len(cases) :],
-        latents=torch.cat([one.latents for one in finished]),
+        latents=torch.cat([drawn.latents for drawn in finished]),
     )
 
 
@@ -91,15 +90,23 @@ def measure_gains(
     level: SkipParameters,
     steps: Sequence[int],
 ) -> dict[int, float]:
-    """What a step's error becomes: |final latents - full| / |guidance's error|, by skipped step.
+    """Return by skipped step |final latents - full| / |guidance's error|.
 
-    level: skips anywhere, and reuses the last direction. Root mean square over the cases.
+    It is the root mean square over the cases.
+
+    Args:
+        family: Of the model.
+        decoder: Of the same model.
+        folder: The model's.
+        full: Requests in full, which are compared with.
+        level: Skips anywhere, and reuses the last direction.
+        steps: At which to skip, each by itself.
     """
     studio = Studio(family, decoder, folder, {"off": None, "one": level})
     gains = {}
     for step in steps:
         drawings = [Drawing(case=case, level="one", skips=frozenset({step})) for case in full.cases]
-        latents = torch.cat([one.latents for one in studio.denoise(drawings)])
+        latents = torch.cat([drawn.latents for drawn in studio.denoise(drawings)])
         directions = full.directions
         scales = torch.tensor([case.guidance_scale - 1 for case in full.cases])
         wrong = (directions[step - 1] - directions[step]) * scales.view(-1, 1, 1, 1)

@@ -20,7 +20,7 @@ def run(
     seed: int = 0,
     quick: Annotated[bool, typer.Option(help="Fewer hand-overs, under 50 s.")] = False,
 ) -> dict[str, float]:
-    """Time to hand over small and large latents, and what comes of it while processes die.
+    """Return how long small and large latents take, and what comes of it while processes die.
 
     `shm_large_ms` and its like are medians from before the copy in to after the copy out (128 KiB
     and 4 MiB); `corrupted` counts tensors that are not what was published; `leaked` counts slots,

@@ -53,7 +53,7 @@ class Parcel:
 def hand_over_under_fire(
     url: str, *, seed: int, num_hand_overs: int, num_kills: int
 ) -> dict[str, int]:
-    """Hand tensors over until so many were read, killing a side so many times on the way.
+    """Hand over until so many tensors were read, killing a side so many times; return counts.
 
     Returns: `read`, `lost`, `corrupted`, `producers_killed`, `consumers_killed`, and `leaked`, the
     sum of `slots_leaked`, `files_leaked` and `mappings_leaked`.
@@ -98,7 +98,7 @@ class _Siege:
         self._wait_until_read(num_hand_overs)
 
     def settle(self) -> dict[str, int]:
-        """Let both sides finish and count what did not come back."""
+        """Let both sides finish, and return how much did not come back."""
         self._client.set(_STOP, 1)
         for process in self._running.values():
             process.join(PATIENCE_S)
@@ -182,7 +182,7 @@ def _produce(url: str, directory: Path, life: int) -> None:
 
 
 def _cut(noise: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    """A tensor of any dtype and size, different from its neighbours."""
+    """Return a tensor of any dtype and size, different from its neighbours."""
     dtype = DTYPES[rng.choice(list(DTYPES))]
     num_bytes = rng.randrange(8, SLOT_BYTES, 8)
     start = rng.randrange(0, SLOT_BYTES, 8)

@@ -30,14 +30,14 @@ _HANDLES, _ARRIVALS = "bench:handles", "bench:arrivals"
 
 
 def process_context() -> ForkServerContext:
-    """Real processes, unrelated to ours, that start fast: their server has imported torch."""
+    """Return what makes unrelated processes that start fast: their server has imported torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["shared.tensor_pool", "redis"])
     return context
 
 
 def measure_latency(url: str, *, seed: int, num_rounds: int) -> dict[str, dict[str, float]]:
-    """Figures by "TRANSPORT_SIZE": median, P99 and spread, in ms.
+    """Return figures by "TRANSPORT_SIZE": median, P99 and spread, in ms.
 
     Each round hands over each size by each transport, in an order of its own.
     """
@@ -77,7 +77,7 @@ def _produce(url: str, *, seed: int, num_rounds: int) -> dict[str, list[float]]:
 
 
 def _send(client: Any, pool: TensorPool, transport: str, tensor: torch.Tensor) -> TensorHandle:
-    """Hand a tensor over and say so."""
+    """Hand a tensor over, say so, and return its handle."""
     key = keys.latents("bench", "1-1")
     with client.pipeline(transaction=False) as pipeline:
         if transport == "shm":

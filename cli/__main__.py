@@ -46,6 +46,12 @@ app.command()(doctor)
 app.add_typer(bench, name="bench")
 add_lazy_command(
     app,
+    name="settings",
+    target="cli.settings:settings",
+    summary="Every setting: what it may be, its default and its meaning.",
+)
+add_lazy_command(
+    app,
     name="profile",
     target="bench.profiler:profile",
     summary="Measure what this device can do with a model.",

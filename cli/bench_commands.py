@@ -1,4 +1,4 @@
-"""`synerdiff bench`: one command per module of `bench` that is there.
+"""`synerdiff bench`: one command per benchmark; its module is loaded by its name, when it runs.
 
 Each module has a function `run` that takes at least `seed: int` and `quick: bool`, and returns the
 keys of its last line as a mapping; its parameters are the command's options.
@@ -6,7 +6,6 @@ keys of its last line as a mapping; its parameters are the command's options.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Final
 
 import typer
@@ -24,11 +23,8 @@ BENCHMARKS: Final = {
     "plan": "How fast and how good the scheduler's plans are.",
     "simulator": "How well the simulator foretells the real stack.",
     "policies": "SynerDiff against the other batching policies.",
+    "liveness": "How soon pictures come again after hangs, poison, a full store, overload.",
     "transport": "Tensors through shared memory, against through Redis.",
-    "overhead": "What is spent on anything but the model.",
-    "peers": "SynerDiff against other servers.",
-    "roofline": "How near the model comes to what the machine can do.",
-    "start": "From the command to the first picture.",
 }
 
 bench = typer.Typer(
@@ -44,11 +40,10 @@ def options() -> None:
 
 
 for _name, _summary in BENCHMARKS.items():
-    if find_spec(f"bench.{_name}"):
-        add_lazy_command(
-            bench,
-            name=_name,
-            target=f"bench.{_name}:run",
-            summary=_summary,
-            missing="the benchmarks need: pip install 'synerdiff[dev]'",
-        )
+    add_lazy_command(
+        bench,
+        name=_name,
+        target=f"bench.{_name}:run",
+        summary=_summary,
+        missing="the benchmarks need: pip install 'synerdiff[dev]'",
+    )

@@ -12,8 +12,8 @@ from typing import Any, Final, Literal
 
 import psutil
 
-from cli.embedded_redis import find_redis_binary
-from cli.machine import cpu_flags, has_fast_bfloat16, memory_bytes, shm_bytes
+from launch.embedded_redis import find_redis_binary
+from launch.machine import cpu_flags, has_fast_bfloat16, memory_bytes, shm_bytes
 from shared.errors import ConfigurationError
 from shared.host import has_mps
 from shared.settings import UnetWorkerSettings, available_threads
@@ -30,12 +30,14 @@ _MODEL_PARTS: Final = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing looked at. missing: nothing runs without it. consequence: what follows."""
+    """What was found of one thing."""
 
     subject: str
     value: str
     verdict: Verdict
+    """`missing`: nothing runs without it."""
     consequence: str = ""
+    """What follows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,7 @@ class Diagnosis:
 
     @property
     def is_able(self) -> bool:
-        """Whether SynerDiff can run here."""
+        """Return whether SynerDiff can run here."""
         return all(finding.verdict != "missing" for finding in self.findings)
 
 
@@ -70,7 +72,7 @@ class Gpu:
 
 
 def diagnose(model: Path, data_folder: Path) -> Diagnosis:
-    """Look at everything. Imports torch, which takes a few seconds."""
+    """Look at everything and return what was found. Imports torch, which takes a few seconds."""
     gpu = look_for_gpu()
     flags = cpu_flags()
     shm = check_shm(shm_bytes())
@@ -101,7 +103,7 @@ def diagnose(model: Path, data_folder: Path) -> Diagnosis:
 
 
 def check_python(version: tuple[int, int, int]) -> Finding:
-    """The interpreter that runs this."""
+    """Return the finding on the interpreter that runs this."""
     is_good = version >= (3, 11)
     return Finding(
         subject="Python",
@@ -112,7 +114,7 @@ def check_python(version: tuple[int, int, int]) -> Finding:
 
 
 def check_system(name: str) -> Finding:
-    """The operating system."""
+    """Return the finding on the operating system."""
     is_good = name == "Linux"
     return Finding(
         subject="System",
@@ -123,7 +125,7 @@ def check_system(name: str) -> Finding:
 
 
 def check_cores(num_cores: int, num_threads: int) -> Finding:
-    """The cores, and how many of them this process may use."""
+    """Return the finding on the cores, and how many of them this process may use."""
     is_cut = num_threads < num_cores
     return Finding(
         subject="Cores",
@@ -136,7 +138,7 @@ def check_cores(num_cores: int, num_threads: int) -> Finding:
 
 
 def check_cpu(flags: frozenset[str]) -> Finding:
-    """What the CPU computes with."""
+    """Return the finding on what the CPU computes with."""
     telling = [flag for flag in _TELLING_FLAGS if flag in flags]
     is_fast = has_fast_bfloat16(flags)
     return Finding(
@@ -150,7 +152,7 @@ def check_cpu(flags: frozenset[str]) -> Finding:
 
 
 def check_memory(total: int, available: int) -> Finding:
-    """Main memory, within the cgroup's limit."""
+    """Return the finding on main memory, within the cgroup's limit."""
     is_enough = total >= _MIN_MEMORY_BYTES
     return Finding(
         subject="Memory",
@@ -161,7 +163,7 @@ def check_memory(total: int, available: int) -> Finding:
 
 
 def check_shm(shm: tuple[int, int] | None) -> Finding:
-    """Shared memory. shm: size and free bytes, None if there is none."""
+    """Return the finding on shared memory. shm: its size and free bytes, None without one."""
     if shm is None:
         return Finding(
             subject="/dev/shm",  # noqa: S108 (a name to show)
@@ -185,7 +187,7 @@ def check_shm(shm: tuple[int, int] | None) -> Finding:
 
 
 def check_redis() -> Finding:
-    """A server to embed."""
+    """Return the finding on a server to embed."""
     try:
         binary = find_redis_binary()
     except ConfigurationError as error:
@@ -196,7 +198,7 @@ def check_redis() -> Finding:
 
 
 def check_package(name: str) -> Finding:
-    """A library without which no worker starts."""
+    """Return the finding on a library without which no worker starts."""
     try:
         return Finding(subject=name, value=metadata.version(name), verdict="good")
     except metadata.PackageNotFoundError:
@@ -209,7 +211,7 @@ def check_package(name: str) -> Finding:
 
 
 def look_for_gpu() -> Gpu:
-    """Ask torch for CUDA devices."""
+    """Ask torch for CUDA devices and return them."""
     try:
         import torch  # noqa: PLC0415 (only here, and slow)
 
@@ -226,7 +228,7 @@ def _describe_gpu(torch: Any, index: int) -> str:
 
 
 def check_gpu(gpu: Gpu, environment: os._Environ[str] | dict[str, str]) -> list[Finding]:
-    """The GPUs, and whether two processes can share one. environment: this process's."""
+    """Return the findings on GPUs, and whether two processes can share one."""
     if not gpu.names:
         return [
             Finding(
@@ -267,7 +269,7 @@ def check_gpu(gpu: Gpu, environment: os._Environ[str] | dict[str, str]) -> list[
 
 
 def check_model(folder: Path) -> Finding:
-    """The model folder: its parts, not their contents."""
+    """Return the finding on the model folder: its parts, not their contents."""
     if not (folder / "model_index.json").is_file():
         return Finding(
             subject="Model",
@@ -286,7 +288,7 @@ def check_model(folder: Path) -> Finding:
 
 
 def check_data_folder(folder: Path) -> Finding:
-    """Where `synerdiff up` keeps its data: the folder, or the nearest one above that exists."""
+    """Return the finding on where `synerdiff up` keeps its data."""
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     is_writable = os.access(existing, os.W_OK | os.X_OK)
     status = os.statvfs(existing)
@@ -301,7 +303,7 @@ def check_data_folder(folder: Path) -> Finding:
 
 
 def _short(path: Path) -> str:
-    """A path for people: below the working directory, or the home, without them."""
+    """Return a path for people: below the working directory, or the home, without them."""
     for start, sign in ((Path.cwd(), ""), (Path.home(), "~/")):
         if path != start and path.is_relative_to(start):
             return f"{sign}{path.relative_to(start)}"

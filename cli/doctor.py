@@ -38,9 +38,9 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Say what this machine has and lacks, and what follows; exit code 1 if it can't serve."""
-    from cli.data_folder import default_data_folder  # noqa: PLC0415 (--help must not wait)
     from cli.diagnosis import diagnose  # noqa: PLC0415
-    from cli.stack import EMBEDDED_MODEL  # noqa: PLC0415
+    from launch.data_folder import default_data_folder  # noqa: PLC0415 (--help must not wait)
+    from launch.stack import EMBEDDED_MODEL  # noqa: PLC0415
 
     diagnosis = diagnose(model or EMBEDDED_MODEL, default_data_folder())
     pairs = _find_pairs(redis_url)
@@ -80,10 +80,10 @@ def _print(diagnosis: Diagnosis) -> None:
 
 
 def _find_pairs(redis_url: str | None) -> tuple[Pair, ...]:
-    """Those of the service asked for, or of the one that `synerdiff up` runs, if it does."""
-    from cli.data_folder import default_data_folder  # noqa: PLC0415
-    from cli.embedded_redis import running_url  # noqa: PLC0415
+    """Return the pairs of the service asked for, or of the one that `synerdiff up` runs."""
     from cli.pairs import pair_up, read_workers  # noqa: PLC0415
+    from launch.data_folder import default_data_folder  # noqa: PLC0415
+    from launch.embedded_redis import running_url  # noqa: PLC0415
 
     if redis_url:
         return pair_up(read_workers(redis_url))

@@ -14,7 +14,7 @@ import typer
 from shared.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from cli.client import Picture
+    from launch.client import Picture
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 _FORMATS: Final = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -63,7 +63,7 @@ def generate(
     body = {name: value for name, value in wishes.items() if value is not None}
     with ExitStack() as stack:
         if private:
-            from cli.private_stack import private_stack  # noqa: PLC0415 (--help must not wait)
+            from launch.private_stack import private_stack  # noqa: PLC0415 (--help must not wait)
 
             typer.echo("Starting a stack for this ...", err=True)
             url = stack.enter_context(private_stack())
@@ -81,7 +81,7 @@ def generate(
 def choose_paths(
     output: Path | None, prompt: str, num_pictures: int, image_format: str
 ) -> list[Path]:
-    """Where the pictures go: `output`, or a name made of the prompt; numbered if several.
+    """Return where the pictures go: `output`, or a name made of the prompt; numbered if several.
 
     Raises:
         ConfigurationError: The output's folder is not there.
@@ -99,13 +99,13 @@ def choose_paths(
 def _request_all(
     url: str, body: Mapping[str, Any], seed: int | None, num_pictures: int
 ) -> list[Picture]:
-    """One stream for each picture, so that each shows its progress; they share the batches."""
-    from cli.client import (  # noqa: PLC0415 (--help must not wait)
+    """Return the pictures, each from a stream that shows its progress; they share the batches."""
+    from cli.progress import picture_progress  # noqa: PLC0415
+    from launch.client import (  # noqa: PLC0415 (--help must not wait)
         GatewayUnreachableError,
         Progress,
         request_in_background,
     )
-    from cli.progress import picture_progress  # noqa: PLC0415
 
     bodies = [
         {**body, **({} if seed is None else {"seed": seed + index})}
@@ -118,8 +118,8 @@ def _request_all(
 
         try:
             futures = [
-                request_in_background(url, one, report_to(index))
-                for index, one in enumerate(bodies)
+                request_in_background(url, own_body, report_to(index))
+                for index, own_body in enumerate(bodies)
             ]
             return [future.result() for future in futures]
         except GatewayUnreachableError as error:

@@ -13,9 +13,11 @@ from shared.errors import ConfigurationError
 
 
 def load_function(target: str, *, missing: str = "") -> Callable[..., Any]:
-    """The function that "module:function" names.
+    """Return the function that "module:function" names.
 
-    missing: what to say when a package it needs is not installed.
+    Args:
+        target: Is imported for this.
+        missing: What to say when a package it needs is not installed.
 
     Raises:
         ConfigurationError: Such a package is missing.
@@ -41,8 +43,12 @@ def add_lazy_command(
     The function's parameters are its options, as typer has it. A mapping that it returns is
     printed as the last line, in JSON.
 
-    summary: for the list of commands; the function's own docstring is its full help.
-    missing: what to say when a package it needs is not installed.
+    Args:
+        app: Gets the command.
+        name: Of the command.
+        target: Is imported when the command runs.
+        summary: For the list of commands; the function's own docstring is its full help.
+        missing: What to say when a package it needs is not installed.
     """
 
     def run(context: typer.Context) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from cli.service_log import LogLine
-from cli.supervisor import Death
+from launch.service_log import LogLine
+from launch.supervisor import Death
 
 
 class Narrator:
@@ -33,7 +33,7 @@ class Narrator:
         self._print(Text(text, style=style))
 
     def service_up(self, name: str, detail: str) -> None:
-        """A service has come up."""
+        """Say that a service has come up."""
         self.say_of(name, detail, style="green")
 
     def say_of(self, name: str, text: str, *, style: str = "") -> None:
@@ -54,13 +54,13 @@ class Narrator:
             yield
 
     def log_line(self, service: str, line: LogLine) -> None:
-        """A service has logged a line. Redis' own are for its log file."""
+        """Show a line of a service's log. Redis' own are for its log file."""
         if self._is_verbose or (line.is_alarming and service != "redis"):
             style = {"warning": "yellow", "error": "red", "critical": "red"}.get(line.level, "dim")
             self.say_of(service, line.text, style=style)
 
     def death(self, death: Death, log_folder: Path) -> None:
-        """A service has ended unasked; one that is final is told as the end of all."""
+        """Say that a service has ended unasked; one that is final is told as the end of all."""
         if death.restart_in_s is not None:
             last = f": {death.last_lines[-1]}" if death.exit_code > 0 and death.last_lines else ""
             why = f", {death.hardship}" if death.hardship else ""

@@ -9,10 +9,11 @@ from typing import Any, cast
 from redis import Redis
 from redis.exceptions import RedisError
 
-from shared import codec, keys
+from shared import keys
 from shared.errors import ConfigurationError
-from shared.host import Transport, choose_transport
+from shared.host import Transport, choose_transport, is_same_device
 from shared.messages import WorkerInfo
+from shared.registrations import readable_workers
 
 _TIMEOUT_S = 3.0
 
@@ -28,7 +29,7 @@ class Pair:
 
 
 def read_workers(redis_url: str) -> list[WorkerInfo]:
-    """The workers that are registered with a running service.
+    """Return the workers that are registered with a running service, as far as they can be read.
 
     Raises:
         ConfigurationError: There is no Redis to ask.
@@ -38,15 +39,16 @@ def read_workers(redis_url: str) -> list[WorkerInfo]:
             redis_url, protocol=2, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
         ) as redis:
             incarnations = sorted(cast("Any", redis.smembers(keys.WORKERS)))
-            payloads = [redis.get(keys.worker(name.decode())) for name in incarnations]
+            names = [keys.worker(name.decode(errors="replace")) for name in incarnations]
+            payloads = cast("Any", redis.mget(names)) if names else []
     except (RedisError, OSError) as error:
         place = redis_url.rpartition("@")[2]
         raise ConfigurationError(f"can't ask Redis at {place}: {error}") from error
-    return [codec.decode_value(cast("bytes", one), WorkerInfo) for one in payloads if one]
+    return readable_workers(payloads)
 
 
 def pair_up(workers: Sequence[WorkerInfo]) -> tuple[Pair, ...]:
-    """Every pair that latents may have to travel between."""
+    """Return every pair that latents may have to travel between."""
     return tuple(
         Pair(
             unet=unet.worker_id,
@@ -61,7 +63,7 @@ def pair_up(workers: Sequence[WorkerInfo]) -> tuple[Pair, ...]:
 
 
 def _reason(unet: WorkerInfo, vae: WorkerInfo) -> str:
-    """What decides, most fundamental first; in the order in which `choose_transport` looks."""
+    """Return what decides, most fundamental first; in the order of `choose_transport`."""
     if not unet.pool:
         return "told to use nothing else"
     if unet.host.partition(".")[0] != vae.host.partition(".")[0]:
@@ -72,5 +74,5 @@ def _reason(unet: WorkerInfo, vae: WorkerInfo) -> str:
         return "both on the CPU of one host" if unet.device == "cpu" else "both on one GPU"
     if "cpu" in {unet.device, vae.device}:
         return "one on a GPU, the other on the CPU"
-    same_gpu = unet.device.partition("+")[0] == vae.device.partition("+")[0]
+    same_gpu = is_same_device(unet.device, vae.device)
     return "on one GPU, in different PID or IPC namespaces" if same_gpu else "on different GPUs"

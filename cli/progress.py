@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from rich import progress as bars
 from rich.console import Console
 
-from cli.client import Progress
+from launch.client import Progress
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def picture_progress(num_pictures: int) -> Iterator[Callable[[int, Progress], No
 
 
 def describe(news: Progress) -> str:
-    """A few words on how far a picture is."""
+    """Return a few words on how far a picture is."""
     if news.queue_position:
         return f"number {news.queue_position} in the queue"
     if not news.num_steps:

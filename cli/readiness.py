@@ -11,10 +11,11 @@ from typing import Any, Final, Self, cast
 from redis import RedisError
 from redis.asyncio import Redis
 
-from cli.stack import Stack
+from launch.stack import Stack
 from shared import codec, keys
 from shared.errors import ProtocolError
 from shared.messages import WorkerInfo
+from shared.registrations import readable_workers
 
 _POLL_S: Final = 0.2
 _HTTP_TIMEOUT_S: Final = 5.0
@@ -22,14 +23,15 @@ _HTTP_TIMEOUT_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Announcement:
-    """A service is up. detail: what there is to say about it."""
+    """A service is up."""
 
     service: str
     detail: str
+    """What there is to say about it."""
 
 
 async def http_status(address: tuple[str, int], path: str) -> int | None:
-    """The status with which GET `path` is answered, None if nobody answers."""
+    """Return the status with which GET `path` is answered, None if nobody answers."""
     try:
         async with asyncio.timeout(_HTTP_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(*address)
@@ -60,7 +62,7 @@ class StartWatch:
 
     @classmethod
     async def begin(cls, redis: Redis, stack: Stack) -> Self:
-        """Remember who is there already."""
+        """Remember who is there already, and return the watch."""
         return cls(
             redis,
             stack,
@@ -69,7 +71,7 @@ class StartWatch:
         )
 
     async def announcements(self) -> AsyncGenerator[Announcement, None]:
-        """Each service of the stack once, when it is up; ends when pictures can be made."""
+        """Yield each service of the stack once, when it is up; end when pictures can be made."""
         waiting = {"gateway", "scheduler", *self._stack.unet_workers, *self._stack.vae_workers}
         while True:
             with contextlib.suppress(RedisError, OSError, ProtocolError):  # Redis may be restarting
@@ -101,9 +103,9 @@ class StartWatch:
     async def _read_workers(self) -> list[WorkerInfo]:
         new = sorted(await _incarnations(self._redis) - self._old)
         payloads = await self._redis.mget([keys.worker(name) for name in new]) if new else []
-        return [codec.decode_value(cast("bytes", p), WorkerInfo) for p in payloads if p]
+        return readable_workers(payloads)
 
 
 async def _incarnations(redis: Redis) -> frozenset[str]:
     names = await cast("Any", redis.smembers(keys.WORKERS))
-    return frozenset(name.decode() for name in names)
+    return frozenset(name.decode(errors="replace") for name in names)

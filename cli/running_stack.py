@@ -15,29 +15,28 @@ from redis import RedisError
 from redis.asyncio import Redis
 from rich.console import Console
 
-from cli.data_folder import DataFolder, default_data_folder
-from cli.disk import full_disk
-from cli.embedded_redis import (
+from cli.narrator import Narrator
+from cli.readiness import StartWatch
+from launch.data_folder import DataFolder, default_data_folder
+from launch.disk import full_disk
+from launch.embedded_redis import (
     choose_socket,
     find_redis_binary,
     socket_url,
     wait_for_redis,
     without_password,
 )
-from cli.machine import memory_bytes
-from cli.narrator import Narrator
-from cli.readiness import StartWatch
-from cli.redis_data import read_snapshot_format
-from cli.service_log import LogLine, explanation
-from cli.stack import (
+from launch.machine import memory_bytes
+from launch.redis_data import read_snapshot_format
+from launch.service_log import LogLine, explanation
+from launch.stack import (
     GRACE_S,
     Stack,
     StackOptions,
-    limit_image_budget,
     prepare_stack,
     redis_service,
 )
-from cli.supervisor import Death, Service, Supervisor
+from launch.supervisor import Death, Service, Supervisor
 from shared.errors import ConfigurationError
 from shared.host import SHM_DIRECTORY
 from shared.metrics_files import clear_after
@@ -54,7 +53,7 @@ _CLIENT_TIMEOUT_S: Final = 5.0
 def run_stack(
     options: StackOptions, *, data_dir: Path | None, redis_url: str | None, verbose: bool
 ) -> int:
-    """Run a stack until it is told to stop; the exit code: 0, or 1 if a service was given up.
+    """Run a stack until it is told to stop; return 0, or 1 if a service was given up.
 
     Raises:
         ConfigurationError: It can't run as it was asked to; nothing has been started then, or
@@ -63,8 +62,6 @@ def run_stack(
     folder = DataFolder(path=(data_dir or default_data_folder()).absolute())
     narrator = Narrator(Console(), is_verbose=verbose)
     redis_url = redis_url or os.environ.get("SYNERDIFF_REDIS_URL")
-    if not redis_url:
-        limit_image_budget(memory_bytes())
     stack = prepare_stack(options)
     with folder.locked(f"process {os.getpid()} ({stack.url})") as lock_descriptor:
         folder.create()
@@ -105,18 +102,16 @@ def run_stack(
 
 @dataclass(slots=True)
 class RunningStack:
-    """One run of a stack; observes its own supervisor.
-
-    redis: the embedded server, None if `redis_url` names somebody else's. redis_detail: what to
-    say of it.
-    """
+    """One run of a stack; observes its own supervisor."""
 
     stack: Stack
     folder: DataFolder
     narrator: Narrator
     redis_url: str
     redis: Service | None
+    """The embedded server; None if `redis_url` names somebody else's."""
     redis_detail: str
+    """What to say of the server."""
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _final: Death | None = None
     _disk_problem: str = ""
@@ -138,11 +133,11 @@ class RunningStack:
         sweep()
 
     def find_hardship(self) -> str:
-        """What ends services through no fault of theirs, in words."""
+        """Return what ends services through no fault of theirs, in words."""
         return self._disk_problem or full_disk([self.folder.path, SHM_DIRECTORY])
 
     async def run(self) -> int:
-        """Start everything, wait, stop everything; the exit code.
+        """Start everything, wait, stop everything; return the exit code.
 
         Raises:
             ConfigurationError: A service says that it can't run as it was asked to.
@@ -173,7 +168,7 @@ class RunningStack:
         return exit_code
 
     def _on_signal(self, supervisor: Supervisor) -> None:
-        """The first one asks, the second one insists."""
+        """Stop: the first signal asks, the second insists."""
         if self._stopping.is_set():
             supervisor.kill()
         self._stopping.set()
@@ -241,7 +236,10 @@ class RunningStack:
 
 
 def stop_signals() -> list[signal.Signals]:
-    """What asks a stack to stop. Whoever runs it under nohup has SIGHUP ignored, and means it."""
+    """Return what asks a stack to stop.
+
+    Whoever runs it under nohup has SIGHUP ignored, and means it.
+    """
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
@@ -249,7 +247,7 @@ def stop_signals() -> list[signal.Signals]:
 
 
 async def _can_write(client: Redis) -> bool:
-    """Whether the server's last write to its files went well; while it does not answer, it did."""
+    """Return whether the server's last write to its files went well, or it does not answer."""
     with contextlib.suppress(RedisError, OSError):
         facts = await client.info("persistence")
         return bool(facts.get("aof_last_write_status", "ok") == "ok")

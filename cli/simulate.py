@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cli.lazy_command import load_function
 from services.scheduler.policies import POLICY_NAMES, PolicyOptions, make_policy
 from services.scheduler.profile import Profile
 from services.scheduler.profile_file import parse_profile
@@ -26,6 +27,7 @@ from services.scheduler.threshold import ThresholdRule
 from shared.errors import ConfigurationError
 from shared.settings import SHIPPED_PROFILES
 
+PLOT = "bench.simulation_plot:plot_runs"
 ASSUMED = SHIPPED_PROFILES / "assumed" / "a100-sd15.json"
 
 THRESHOLD_RULES = {
@@ -76,12 +78,12 @@ def simulate(
     ] = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Serve arrivals with the real scheduler on simulated devices; the figures as JSON."""
+    """Serve arrivals with the real scheduler on simulated devices; return the figures."""
     known = parse_profile(_read(profile), name=str(profile))
     settings = SimulationSettings(
         num_groups=groups, vaes_per_group=vaes, vaes_elsewhere=vaes_elsewhere, seed=seed
     )
-    mix = Mix(sizes=tuple(_parse_size(one) for one in size)) if size else Mix()
+    mix = Mix(sizes=tuple(_parse_size(text) for text in size)) if size else Mix()
     if experiment == "threshold":
         return _compare_thresholds(known, settings, rate, duration, output)
     if experiment:
@@ -127,7 +129,7 @@ def _compare_thresholds(
     duration: float,
     output: Path | None,
 ) -> dict[str, Any]:
-    """The rules' direction against the other one and against thresholds that rest."""
+    """Compare the rules' direction with the other one and with thresholds that rest."""
     report: dict[str, Any] = {
         "profile": {"model_id": profile.model_id, "source": profile.source},
         "is_simulated": True,
@@ -150,7 +152,7 @@ def _compare_thresholds(
 
 
 def _parse_size(text: str) -> tuple[int, int]:
-    """(height, width) of "WxH"."""
+    """Return (height, width) of "WxH"."""
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal()):
         raise ConfigurationError(f"--size is {text!r}; it should be WxH in pixels, as in 512x768")
@@ -165,12 +167,12 @@ def _read(path: Path) -> str:
 
 
 def _write(path: Path, report: dict[str, Any], runs: list[Run]) -> None:
-    """The report and, where matplotlib is there, its plot beside it."""
+    """Write the report and, where matplotlib is there, its plot beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
     try:
-        from bench.simulation_plot import plot_runs  # noqa: PLC0415  plots are an extra
-    except ModuleNotFoundError:
+        plot_runs = load_function(PLOT)
+    except ConfigurationError:  # matplotlib is an extra
         typer.echo("no plot: it needs pip install 'synerdiff[dev]'", err=True)
         return
     plot_runs(path.with_suffix(".png"), {run.name: run.log for run in runs})

@@ -48,7 +48,7 @@ def up(
     """
     # Here, not above: `synerdiff --help` must not wait for them.
     from cli.running_stack import run_stack  # noqa: PLC0415
-    from cli.stack import StackOptions  # noqa: PLC0415
+    from launch.stack import StackOptions  # noqa: PLC0415
 
     options = StackOptions(
         host=host,

@@ -11,7 +11,7 @@ TIMEOUT_S = 3.0
 
 
 def is_ready(port: int) -> bool:
-    """Whether the service on this port of this machine calls itself ready."""
+    """Return whether the service on this port of this machine calls itself ready."""
     try:
         with socket.create_connection(("127.0.0.1", port), TIMEOUT_S) as connection:
             connection.sendall(b"GET /readyz HTTP/1.0\r\nHost: localhost\r\n\r\n")

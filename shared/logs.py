@@ -35,7 +35,10 @@ class PatientHandler(logging.StreamHandler[TextIO]):
 def configure_logging(*, service: str, log_format: str, level: str) -> None:
     """Send structlog and the standard library's logging through one renderer to stderr.
 
-    service: bound to every line. log_format: "text" or "json". level: "debug" to "error".
+    Args:
+        service: Bound to every line.
+        log_format: "text" or "json".
+        level: "debug" to "error".
     """
     shared_processors: list[structlog.types.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -90,5 +93,5 @@ def quiet_libraries() -> None:
 
 
 def get_logger() -> structlog.stdlib.BoundLogger:
-    """The logger; pass facts as keyword arguments, not inside the sentence."""
+    """Return the logger; pass facts as keyword arguments, not inside the sentence."""
     return cast("structlog.stdlib.BoundLogger", structlog.get_logger())

@@ -102,7 +102,7 @@ ENCODE_SECONDS = Histogram(
 )
 DECODE_SECONDS = Histogram(
     "synerdiff_decode_seconds",
-    "Time of a whole decode on the compute thread",
+    "Time of a whole decode on the threads granted; of those that share them, their part",
     buckets=_STEP_SECONDS,
 )
 RESUMED = Counter("synerdiff_resumed", "Requests gone on with where a drained worker left them")
@@ -115,7 +115,7 @@ HANDLES_LOST = Counter("synerdiff_handles_lost", "Handles that could not be read
 
 
 def render_metrics() -> tuple[bytes, str]:
-    """The metrics of all processes that share a directory, or else of this one; and their type."""
+    """Return the metrics of all processes that share a directory, else of this one; and a type."""
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return generate_latest(REGISTRY), CONTENT_TYPE_LATEST
     registry = CollectorRegistry()

@@ -7,15 +7,18 @@ can't reach Redis, stops being ready by itself.
 
 from __future__ import annotations
 
-import threading
+import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator
 from http import HTTPStatus
-from socketserver import ThreadingMixIn
-from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from typing import TYPE_CHECKING
 
+from shared.errors import ConfigurationError
 from shared.metrics import render_metrics
+
+if TYPE_CHECKING:
+    from aiohttp import web
 
 
 class Readiness:
@@ -30,7 +33,7 @@ class Readiness:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it was said lately."""
+        """Return whether it was said lately."""
         return time.monotonic() < self._until
 
 
@@ -38,31 +41,44 @@ READINESS = Readiness()
 """This process's own."""
 
 
-def serve_probe(port: int) -> None:
-    """Serve /metrics and /readyz on all interfaces in the background; port 0 does nothing."""
-    if port:
-        server = make_server("0.0.0.0", port, _answer, _Server, _Handler)  # noqa: S104 (scraped)
-        threading.Thread(target=server.serve_forever, name="probe", daemon=True).start()
+@contextlib.asynccontextmanager
+async def serving_probe(port: int) -> AsyncIterator[None]:
+    """Serve /metrics and /readyz on all interfaces meanwhile; port 0 serves neither.
+
+    Raises:
+        ConfigurationError: The port can't be listened on.
+    """
+    if not port:
+        yield
+        return
+    from aiohttp import web  # noqa: PLC0415 - most workers serve nothing and don't load it
+
+    app = web.Application()
+    app.router.add_get("/metrics", _answer_metrics)
+    app.router.add_get("/readyz", _answer_readyz)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, "0.0.0.0", port).start()  # noqa: S104 - it is scraped
+        except OSError as error:
+            raise ConfigurationError(
+                f"SYNERDIFF_METRICS_PORT={port}: can't listen there: {error}"
+            ) from error
+        yield
+    finally:
+        await runner.cleanup()
 
 
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
+async def _answer_metrics(_: web.Request) -> web.Response:
+    from aiohttp import web  # noqa: PLC0415
+
+    body, content_type = await asyncio.to_thread(render_metrics)
+    return web.Response(body=body, headers={"Content-Type": content_type})
 
 
-class _Handler(WSGIRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the library's name)
-        """Say nothing: a line per scrape would drown the log."""
+async def _answer_readyz(_: web.Request) -> web.Response:
+    from aiohttp import web  # noqa: PLC0415
 
-
-def _answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-    if environ["PATH_INFO"] == "/metrics":
-        body, content_type = render_metrics()
-        status = HTTPStatus.OK
-    elif environ["PATH_INFO"] == "/readyz":
-        status = HTTPStatus.OK if READINESS.is_ready else HTTPStatus.SERVICE_UNAVAILABLE
-        body, content_type = status.phrase.encode(), "text/plain"
-    else:
-        status = HTTPStatus.NOT_FOUND
-        body, content_type = status.phrase.encode(), "text/plain"
-    start_response(f"{status.value} {status.phrase}", [("Content-Type", content_type)])
-    return [body]
+    status = HTTPStatus.OK if READINESS.is_ready else HTTPStatus.SERVICE_UNAVAILABLE
+    return web.Response(status=status, text=status.phrase)

@@ -52,7 +52,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRecord:
-    """One image's record. code, reason: of a failure. image_key: empty until done."""
+    """One image's record."""
 
     request_id: str
     state: str
@@ -63,26 +63,29 @@ class RequestRecord:
     finished_at: float | None
     request: GenerateImage
     code: str = ""
+    """Of a failure, as `reason`."""
     reason: str = ""
     image_key: str = ""
+    """Empty until done."""
     outcome: Outcome | None = None
 
     @property
     def is_final(self) -> bool:
-        """Whether nothing can change it any more."""
+        """Return whether nothing can change it any more."""
         return self.state in FINAL_STATES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """How long results stay. image_budget_bytes: the oldest images go when the sum exceeds it.
+    """How long results stay.
 
-    They go sooner where the server's memory is short, and so do the oldest records.
+    They go sooner where the server's memory is short.
     """
 
     image_ttl_s: int = 3_600
     record_ttl_s: int = 86_400
     image_budget_bytes: int = 1 << 30
+    """The oldest images go when their sum exceeds it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,15 +101,13 @@ class Commit:
 
 @dataclass(slots=True)
 class Records:
-    """Reads and changes records; all instants in them are the store's.
-
-    redis: the connection; the caller owns it. epoch: a scheduler's; its writes are refused once a
-    newer one has begun.
-    """
+    """Reads and changes records; all instants in them are the store's."""
 
     redis: Redis
+    """The connection; the caller owns it."""
     retention: Retention = field(default_factory=Retention)
     epoch: int | None = None
+    """A scheduler's; its writes are refused once a newer one has begun."""
 
     def __post_init__(self) -> None:
         """Bind the scripts to the connection."""
@@ -122,7 +123,7 @@ class Records:
     async def submit(
         self, job: JobRecord, requests: Sequence[GenerateImage], *, max_open: int
     ) -> bool:
-        """Accept a job with all its images, or none of it.
+        """Accept a job with all its images, or none of it; return whether it is new.
 
         Returns:
             False if this job_id was accepted before (nothing changes then).
@@ -151,7 +152,7 @@ class Records:
         return bool(status)
 
     async def begin_attempt(self, request_id: str, attempt: str) -> bool:
-        """Name the attempt that may commit.
+        """Name the attempt that may commit; return whether it may begin.
 
         Returns:
             False if the request is final already, unknown, or named by a newer epoch.
@@ -176,11 +177,11 @@ class Records:
         await self._writer.call(self._scripts["make_room"], args=[self._writer.epoch, budget])
 
     async def fail(self, request_id: str, *, code: str, reason: str) -> bool:
-        """Make a request final as failed; False if it is final already."""
+        """Make a request final as failed; return False if it is final already."""
         return await self._finish(request_id, "failed", code, reason, b"")
 
     async def cancel(self, request_id: str, *, reason: str) -> bool:
-        """Make a request final as cancelled, tell the scheduler; False if it is final already."""
+        """Make a request final as cancelled, tell the scheduler; return False if it was final."""
         note = codec.encode(RequestCancelled(request_id=request_id))
         return await self._finish(request_id, "cancelled", "cancelled", reason, note)
 
@@ -204,7 +205,7 @@ class Records:
         return bool(answer)
 
     async def commit(self, commit: Commit) -> bool:
-        """Store an image and make its request done; False if a newer attempt or a final state won.
+        """Store an image and make its request done; return False if another or an end came first.
 
         Either way the producer is told that its pool slot is free, and the scheduler what happened.
         """
@@ -239,7 +240,7 @@ class Records:
         return bool(answer)
 
     async def read(self, request_id: str) -> RequestRecord | None:
-        """A request's record, None if there is none (never was, or has expired).
+        """Return a request's record, None if there is none (never was, or has expired).
 
         Raises:
             ProtocolError: There is one that can't be read.
@@ -253,7 +254,7 @@ class Records:
             raise ProtocolError(f"the record of {request_id} can't be read: {error!r}") from error
 
     async def states(self, request_ids: Sequence[str]) -> list[str | None]:
-        """States of many requests in one round trip, None where there is no record."""
+        """Return the states of many requests in one round trip, None where there is no record."""
         async with self.redis.pipeline(transaction=False) as pipeline:
             for request_id in request_ids:
                 pipeline.hget(keys.request(request_id), "state")
@@ -262,19 +263,10 @@ class Records:
         states = [state if isinstance(state, bytes) else None for state in found]
         return [state.decode(errors="replace") if state else None for state in states]
 
-    async def read_job(self, job_id: str) -> JobRecord | None:
-        """A job's record, None if there is none."""
-        payload = await cast("Any", self.redis.hget(keys.job(job_id), "job"))
-        return codec.decode_value(payload, JobRecord) if payload else None
-
     async def read_image(self, record: RequestRecord) -> bytes | None:
-        """The stored image of a finished request, None once it has expired or was evicted."""
+        """Return the image of a finished request, None once it has expired or was evicted."""
         image = await self.redis.get(record.image_key) if record.image_key else None
         return cast("bytes | None", image)
-
-    async def open_requests(self) -> int:
-        """How many requests have no final state yet."""
-        return int(await self.redis.xlen(keys.REQUESTS))
 
 
 def _parse_record(request_id: str, fields: dict[bytes, bytes]) -> RequestRecord:

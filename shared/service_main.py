@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 
 from shared.errors import EXIT_CONFIGURATION, ConfigurationError, SynerDiffError
 from shared.logs import configure_logging, get_logger
-from shared.probe import serve_probe
+from shared.probe import serving_probe
 from shared.settings import ServiceSettings, load_settings
 from shared.streams import connect
 
@@ -58,7 +58,6 @@ def run_service(
     configure_logging(service=name, log_format=settings.log_format, level=settings.log_level)
     log = get_logger()
     log.info("starting", settings=settings.model_dump(mode="json"))
-    serve_probe(settings.metrics_port)
 
     async def serve() -> None:
         redis = connect(settings.redis_url, is_patient=is_patient)
@@ -72,7 +71,8 @@ def run_service(
 
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, stop)
-            await service.run()
+            async with serving_probe(settings.metrics_port):
+                await service.run()
         finally:
             await redis.aclose()
 

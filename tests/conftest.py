@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -11,6 +12,22 @@ from redis.asyncio import Redis
 from redis_server import RedisServer
 
 from shared.streams import connect
+
+
+def pytest_collection_finish() -> None:
+    """Fixtures compute on one thread, too."""
+    _compute_on_one_thread()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Whatever number of threads a test chooses, the next one begins with one."""
+    _compute_on_one_thread()
+
+
+def _compute_on_one_thread() -> None:
+    if torch := sys.modules.get("torch"):  # not imported for tests that do without
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -43,24 +60,3 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_model import make_tiny_model  # noqa: PLC0415  torch, for those who ask for it
 
     return make_tiny_model(tmp_path_factory.mktemp("tiny_model"))
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Tensors are computed on one thread."""
-    yield from _threads(1)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """Tensors are computed on two threads."""
-    yield from _threads(2)
-
-
-def _threads(number: int) -> Iterator[None]:
-    import torch  # noqa: PLC0415  for those who ask for it
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    yield
-    torch.set_num_threads(before)

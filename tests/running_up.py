@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from cli.stack import reserve_port
+from launch.stack import reserve_port
 
 START_TIMEOUT_S = 150.0
 STOP_TIMEOUT_S = 60.0

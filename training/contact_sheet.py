@@ -77,7 +77,7 @@ CELL_MARGIN = 6
 
 
 def contact_sheet(pictures: list[Image.Image], captions: list[str], *, columns: int) -> Image.Image:
-    """Lay `pictures` out in rows of `columns`, each above its caption."""
+    """Return `pictures` laid out in rows of `columns`, each above its caption."""
     width, height = pictures[0].size
     cell_width, cell_height = width + CELL_MARGIN, height + CELL_MARGIN + CAPTION_HEIGHT
     rows = -(-len(pictures) // columns)

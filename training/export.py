@@ -21,7 +21,7 @@ MODEL_CARD = Path(__file__).with_name("model_card.md")
 def build_pipeline(
     vae: AutoencoderKL, denoiser: Denoiser, tokenizer: CLIPTokenizer
 ) -> StableDiffusionPipeline:
-    """Put the parts together as diffusers' own pipeline, without a safety checker."""
+    """Return the parts as diffusers' own pipeline, without a safety checker."""
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=denoiser.text_encoder,

@@ -73,7 +73,7 @@ def num_processes() -> int:
 
 
 def cosine_rate(step: int, settings: LoopSettings) -> float:
-    """Learning rate of `step`: linear warm-up to the peak, then half a cosine to 1 % of it."""
+    """Return the learning rate of `step`: linear warm-up, then half a cosine to 1 % of the peak."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(step / settings.steps, 1.0)))
     warmup = min(1.0, (step + 1) / settings.warmup_steps)
     return settings.peak_rate * warmup * (0.01 + 0.99 * cosine)
@@ -88,7 +88,7 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """Read what `save_checkpoint` wrote, on the CPU; None where there is nothing."""
+    """Return what `save_checkpoint` wrote, on the CPU; None where there is nothing."""
     if not path.exists():
         return None
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

@@ -39,7 +39,7 @@ def find_font() -> Path:
 
 
 def render(characters: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """Draw one emoji centred on white, 128x128 RGB.
+    """Return one emoji centred on white, 128x128 RGB.
 
     Raises:
         ValueError: the font has no picture for it.
@@ -63,12 +63,12 @@ def render(characters: str, font: ImageFont.FreeTypeFont) -> Image.Image:
 
 
 def render_all(emoji_set: tuple[Emoji, ...]) -> Tensor:
-    """Draw every emoji: (N, 3, 128, 128) uint8."""
+    """Return every emoji: (N, 3, 128, 128) uint8."""
     font = ImageFont.truetype(str(find_font()), BITMAP_SIZE)
     pixels = np.stack([np.asarray(render(emoji.characters, font)) for emoji in emoji_set])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
-    """Map uint8 pixels to floats in [-1, 1], which is what the VAE reads and writes."""
+    """Return uint8 pixels as floats in [-1, 1], which is what the VAE reads and writes."""
     return pixels.float() / 127.5 - 1

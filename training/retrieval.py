@@ -27,7 +27,7 @@ class References:
     pictures: Tensor
 
     def groups(self) -> list[int]:
-        """Group number of each picture: pictures closer than `NEAR_DUPLICATE_RMSE` share one."""
+        """Return each picture's group: pictures closer than `NEAR_DUPLICATE_RMSE` share one."""
         distances = rmse(self.pictures, self.pictures)
         group = list(range(len(self.pictures)))
         for i, j in (distances < NEAR_DUPLICATE_RMSE).nonzero().tolist():
@@ -37,7 +37,7 @@ class References:
         return group
 
     def nearest(self, pictures: Tensor) -> list[int]:
-        """Index of the reference nearest (L2) to each of `pictures` (M, 3, 32, 32)."""
+        """Return the index of the reference nearest (L2) to each of `pictures` (M, 3, 32, 32)."""
         indices: list[int] = rmse(pictures, self.pictures).argmin(dim=1).tolist()
         return indices
 
@@ -60,7 +60,7 @@ class References:
 
 
 def load_references(folder: Path) -> References:
-    """Read the references that lie beside a model."""
+    """Return the references that lie beside a model."""
     entries = json.loads((folder / CAPTIONS_FILE).read_text(encoding="utf-8"))
     sprite = Image.open(folder / SPRITE_FILE).convert("RGB")
     pictures = []
@@ -83,6 +83,6 @@ def shrink(picture: Image.Image) -> Tensor:
 
 
 def rmse(left: Tensor, right: Tensor) -> Tensor:
-    """Root mean square difference of each of `left` (M, ...) to each of `right` (N, ...)."""
+    """Return the RMS difference of each of `left` (M, ...) to each of `right` (N, ...)."""
     scale: float = left[0].numel() ** 0.5
     return torch.cdist(left.flatten(1), right.flatten(1)) / scale

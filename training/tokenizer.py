@@ -25,7 +25,7 @@ Pair = tuple[str, str]
 
 
 def word_counts(texts: Iterable[str]) -> Counter[tuple[str, ...]]:
-    """Count the words of `texts`, each as the byte-level symbols that BPE starts from."""
+    """Return how often each word is in `texts`, as the byte-level symbols BPE starts from."""
     byte_level = ByteLevel(add_prefix_space=False, use_regex=False)
     counts: Counter[tuple[str, ...]] = Counter()
     for text in texts:
@@ -36,7 +36,7 @@ def word_counts(texts: Iterable[str]) -> Counter[tuple[str, ...]]:
 
 
 def learn_merges(counts: Counter[tuple[str, ...]]) -> list[Pair]:
-    """BPE (Sennrich et al. 2016) without a limit: merge until each word is one symbol.
+    """Return all merges of BPE (Sennrich et al. 2016): until each word is one symbol.
 
     Ties are broken by the alphabet, so that the same words give the same merges.
     """
@@ -65,7 +65,7 @@ def learn_merges(counts: Counter[tuple[str, ...]]) -> list[Pair]:
 
 
 def build_vocabulary(merges: list[Pair]) -> dict[str, int]:
-    """Every byte, every byte at the end of a word, every merge, then the two special tokens."""
+    """Return every byte, alone and at a word's end, every merge, and the two special tokens."""
     alphabet = sorted(ByteLevel.alphabet())
     tokens = [*alphabet, *(symbol + END_OF_WORD for symbol in alphabet)]
     tokens += ["".join(pair) for pair in merges]
@@ -95,7 +95,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path) -> CLIPTokenizer:
 
 
 def _merged(symbols: tuple[str, ...], pair: Pair) -> tuple[str, ...]:
-    """`symbols` with every occurrence of `pair` joined, left to right."""
+    """Return `symbols` with every occurrence of `pair` joined, left to right."""
     merged: list[str] = []
     is_joined = False  # a joined symbol may equal the first of the pair
     for symbol in symbols:

@@ -100,7 +100,7 @@ class Ledger:
     _entries: list[Acceptance] = field(default_factory=list)
 
     def add(self, model_id: str, work_s: float, now: float) -> Acceptance:
-        """Enter work before it is sent to the store, so that others see it at once."""
+        """Enter work before it is sent to the store, so that others see it; return the entry."""
         entry = Acceptance(model_id=model_id, work_s=work_s, accepted_at=now)
         self._entries.append(entry)
         return entry

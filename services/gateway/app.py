@@ -23,7 +23,7 @@ log = get_logger()
 
 
 def make_app(gateway: Gateway) -> web.Application:
-    """The gateway's HTTP application."""
+    """Return the gateway's HTTP application."""
     app = web.Application(middlewares=[_edge], client_max_size=gateway.settings.max_body_kb * 1024)
     app[GATEWAY] = gateway
     app.on_response_prepare.append(_sign)
@@ -49,7 +49,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @web.middleware
 async def _edge(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """The one place where exceptions become answers."""
+    """Answer a request; the one place where exceptions become answers."""
     request[REQUEST_ID] = new_request_id()
     resource = request.match_info.route.resource
     route = resource.canonical if resource else "unmatched"

@@ -19,7 +19,7 @@ from shared.settings import GatewaySettings
 
 @dataclass(slots=True, kw_only=True)
 class Gateway:
-    """is_draining: no new pictures. num_in_flight: clients that wait. may_leave: nobody waits."""
+    """What handlers share."""
 
     settings: GatewaySettings
     records: Records
@@ -27,8 +27,11 @@ class Gateway:
     fleet_watch: FleetWatch
     generation: Generation
     is_draining: bool = False
+    """It takes no new pictures."""
     num_in_flight: int = 0
+    """Clients that wait for pictures."""
     may_leave: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set while no client waits."""
 
     def __post_init__(self) -> None:
         """Nobody waits yet."""
@@ -36,7 +39,7 @@ class Gateway:
 
     @contextmanager
     def in_flight(self) -> Iterator[None]:
-        """Counts a client that waits for its pictures."""
+        """Count a client that waits for its pictures."""
         self.num_in_flight += 1
         self.may_leave.clear()
         try:
@@ -48,11 +51,11 @@ class Gateway:
 
     @property
     def fleet(self) -> Fleet:
-        """The latest look at workers, scheduler and store."""
+        """Return the latest look at workers, scheduler and store."""
         return self.fleet_watch.fleet
 
     def image_url(self, request: web.Request, request_id: str) -> str:
-        """Where a picture will be, as this client can reach it."""
+        """Return where a picture will be, as this client can reach it."""
         origin = self.settings.public_url or f"{request.scheme}://{request.host}"
         return f"{origin}/v1/images/{request_id}"
 

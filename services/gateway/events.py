@@ -61,7 +61,9 @@ class Watch:
 class EventBoard:
     """Reads the board and tells the watches.
 
-    redis, records: the caller owns their connection.
+    Args:
+        redis: The connection; the caller owns it.
+        records: On the same connection.
     """
 
     def __init__(self, redis: Redis, records: Records) -> None:
@@ -84,7 +86,7 @@ class EventBoard:
                 del self._watches[name]
 
     def progress(self, request_id: str) -> RequestProgress | None:
-        """The latest progress of any open request, whoever has submitted it."""
+        """Return the latest progress of any open request, whoever has submitted it."""
         return self._progress.get(request_id)
 
     async def read(self) -> None:
@@ -108,7 +110,7 @@ class EventBoard:
                 self._dispatch(entry.message)
 
     async def _last_entry_id(self) -> str:
-        """Where to begin, "$" made concrete: nothing is missed between two reads."""
+        """Return where to begin, "$" made concrete: nothing is missed between two reads."""
         newest: Any = await self._redis.xrevrange(keys.EVENTS, count=1)
         return newest[0][0].decode() if newest else "0"
 

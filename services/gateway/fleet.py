@@ -39,7 +39,7 @@ class SeenModel:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it had both kinds of worker at the last look."""
+        """Return whether it had both kinds of worker at the last look."""
         return self.has_unet and self.has_vae
 
     def missing_workers(self) -> list[str]:
@@ -87,12 +87,12 @@ class Fleet:
     store: StoreState = field(default_factory=StoreState)
 
     def is_silent(self, now: float) -> bool:
-        """Whether Redis has not answered for a while."""
+        """Return whether Redis has not answered for a while."""
         return now - self.looked > STALE_AFTER_S
 
     @property
     def is_store_full(self) -> bool:
-        """Whether admission must stop to leave room for the work that is open."""
+        """Return whether admission must stop to leave room for the work that is open."""
         return self.store.is_out_of_memory or self.store.memory_fraction > MAX_MEMORY_FRACTION
 
     def store_problem(self, now: float) -> str:
@@ -131,7 +131,7 @@ class Fleet:
         return tuple(reasons)
 
     def queue_position(self, request_id: str) -> int | None:
-        """1 for the request that is admitted next; None if it does not wait or is not known."""
+        """Return 1 for the request that is next, None if it does not wait or is not known."""
         queue = self.queue or ()
         return queue.index(request_id) + 1 if request_id in queue else None
 
@@ -145,7 +145,7 @@ def look(
     now: float,
     wall_now: float,
 ) -> Fleet:
-    """The fleet as it is now, remembering models whose workers were there not long ago."""
+    """Return the fleet as it is now, with models whose workers were there not long ago."""
     models = {
         name: replace(model, has_unet=False, has_vae=False)
         for name, model in before.models.items()

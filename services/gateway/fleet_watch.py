@@ -11,10 +11,10 @@ from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError, RedisError
 
 from services.gateway.fleet import Fleet, StoreState, look, read_status
-from shared import codec, keys
+from shared import keys
 from shared.errors import ProtocolError
 from shared.logs import get_logger
-from shared.messages import WorkerInfo
+from shared.registrations import readable_workers
 
 LOOK_INTERVAL_S = 0.5
 _PROBE_TTL_MS = 60_000
@@ -25,7 +25,8 @@ log = get_logger()
 class FleetWatch:
     """Keeps `fleet` up to date while `run` runs.
 
-    redis: the connection; the caller owns it.
+    Args:
+        redis: The connection; the caller owns it.
     """
 
     def __init__(self, redis: Redis) -> None:
@@ -64,7 +65,7 @@ class FleetWatch:
         age_s = min(max(keys.STATUS_TTL_S - ttl_ms / 1000, 0.0), keys.STATUS_TTL_S)
         self.fleet = look(
             self.fleet,
-            workers=[worker for payload in payloads if (worker := _read_worker(payload))],
+            workers=readable_workers(payloads, on_unreadable=_warn),
             status=read_status(status, now - age_s),
             store=_read_store(memory, written),
             now=now,
@@ -73,7 +74,7 @@ class FleetWatch:
 
 
 def _read_store(memory: Mapping[str, Any], written: object) -> StoreState:
-    """How Redis is, from its INFO and from what it said to a small write."""
+    """Return how Redis is, from its INFO and from what it said to a small write."""
     maxmemory = memory.get("maxmemory", 0)
     # As the server counts before it refuses: without what waits for its disk.
     used = memory.get("used_memory", 0) - memory.get("mem_not_counted_for_evict", 0)
@@ -84,12 +85,5 @@ def _read_store(memory: Mapping[str, Any], written: object) -> StoreState:
     )
 
 
-def _read_worker(payload: bytes | RedisError | None) -> WorkerInfo | None:
-    """A registration; None if it has lapsed, or is of a version that this one can't read."""
-    if not isinstance(payload, bytes):
-        return None
-    try:
-        return codec.decode_value(payload, WorkerInfo)
-    except ProtocolError as error:
-        log.warning("unreadable registration", error=str(error))
-        return None
+def _warn(error: ProtocolError) -> None:
+    log.warning("unreadable registration", error=str(error))

@@ -128,7 +128,7 @@ class Generation:
         self._ledger.confirm(entry, time.monotonic())
 
     async def wait(self, sent: Submission) -> list[RequestRecord]:
-        """The records of the requests, in order, once all of them are done.
+        """Return the records of the requests, in order, once all of them are done.
 
         Raises:
             ApiError: One of them, the first to do so, has failed, was cancelled or is lost.
@@ -143,7 +143,7 @@ class Generation:
             await sent.watch.changed()
 
     async def read_done(self, request_id: str) -> RequestRecord:
-        """The record of a request that has a final state.
+        """Return the record of a request that has a final state.
 
         Raises:
             ApiError: That state is not "done", or the store has lost the record.
@@ -156,7 +156,7 @@ class Generation:
         return record
 
     async def read_image(self, record: RequestRecord) -> bytes:
-        """The picture of a request that is done.
+        """Return the picture of a request that is done.
 
         Raises:
             ApiError: 410, it has expired or made room for newer ones.

@@ -29,18 +29,17 @@ _RETRY = frozenset({"overloaded", "too_many_attempts"})
 
 @dataclass(kw_only=True, eq=False)
 class ApiError(Exception):
-    """An answer that is an error.
-
-    param: the request's field to blame. retry_after_s: None leaves retrying to the client's habits.
-    can_retry: False tells clients that another try would end the same.
-    """
+    """An answer that is an error."""
 
     status: int
     message: str
     code: str
     param: str | None = None
+    """The request's field to blame."""
     retry_after_s: float | None = None
+    """None leaves retrying to the client's habits."""
     can_retry: bool = True
+    """False tells clients that another try would end the same."""
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -49,7 +48,7 @@ class ApiError(Exception):
 
     @property
     def detail(self) -> ErrorDetail:
-        """The error object's inside."""
+        """Return the error object's inside."""
         if self.status == HTTPStatus.TOO_MANY_REQUESTS:
             kind = "rate_limit_error"
         elif self.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -59,7 +58,7 @@ class ApiError(Exception):
         return ErrorDetail(message=self.message, type=kind, param=self.param, code=self.code)
 
     def response(self) -> web.Response:
-        """The whole answer, `Retry-After` in seconds and in the milliseconds clients prefer."""
+        """Return the answer, `Retry-After` in seconds and in the milliseconds clients prefer."""
         headers = dict(self.headers)
         if self.retry_after_s is not None:
             headers["Retry-After"] = str(math.ceil(self.retry_after_s))
@@ -75,12 +74,12 @@ class ApiError(Exception):
 
 
 def not_found(what: str) -> ApiError:
-    """404 with a sentence."""
+    """Return a 404 with a sentence."""
     return ApiError(status=HTTPStatus.NOT_FOUND, message=what, code="not_found")
 
 
 def unavailable(message: str, *, code: str = "not_ready", retry_after_s: float = 2.0) -> ApiError:
-    """503: nothing is wrong with the request, but not now."""
+    """Return a 503: nothing is wrong with the request, but not now."""
     return ApiError(
         status=HTTPStatus.SERVICE_UNAVAILABLE,
         message=message,
@@ -90,7 +89,7 @@ def unavailable(message: str, *, code: str = "not_ready", retry_after_s: float =
 
 
 def failure(record: RequestRecord) -> ApiError:
-    """The error that a failed or cancelled request ended with."""
+    """Return the error that a failed or cancelled request ended with."""
     return ApiError(
         status=STATUS_BY_FAILURE.get(record.code, HTTPStatus.INTERNAL_SERVER_ERROR),
         message=f"Request {record.request_id} {record.state}: {record.reason or record.code}",
@@ -100,7 +99,7 @@ def failure(record: RequestRecord) -> ApiError:
 
 
 def from_exception(error: Exception) -> ApiError:
-    """The answer to an exception; what we did not raise on purpose is a bug, answered by 500."""
+    """Return the answer to an exception; one that we did not raise on purpose is a bug, a 500."""
     match error:
         case ApiError():
             answer = error

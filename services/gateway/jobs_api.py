@@ -20,7 +20,7 @@ _EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 
 
 async def show_image(request: web.Request) -> web.Response:
-    """The picture itself; 202 with its status while there is none yet, 410 once it has expired."""
+    """Return the picture; 202 with its status while there is none, 410 once it has expired."""
     gateway = request.app[GATEWAY]
     record = await _read(request, gateway)
     if record.state != "done":
@@ -43,13 +43,13 @@ async def show_image(request: web.Request) -> web.Response:
 
 
 async def show_request(request: web.Request) -> web.Response:
-    """How a request is doing."""
+    """Return how a request is doing."""
     gateway = request.app[GATEWAY]
     return _reply(request, gateway, await _read(request, gateway))
 
 
 async def cancel_request(request: web.Request) -> web.Response:
-    """Cancel a request; one that is final stays as it is. Either way, how it is now."""
+    """Cancel a request, unless it is final, and return how it is now."""
     gateway = request.app[GATEWAY]
     record = await _read(request, gateway)
     await gateway.records.cancel(record.request_id, reason="Cancelled by a client.")

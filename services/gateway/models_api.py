@@ -16,7 +16,7 @@ from shared.settings import GatewaySettings
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """Every model, with what may be asked of it."""
+    """Return every model, with what may be asked of it."""
     gateway = request.app[GATEWAY]
     models = sorted(gateway.fleet.models.items())
     cards = [describe_model(model, gateway.settings) for _, model in models]
@@ -24,7 +24,7 @@ async def list_models(request: web.Request) -> web.Response:
 
 
 async def show_model(request: web.Request) -> web.Response:
-    """One model."""
+    """Return one model."""
     gateway = request.app[GATEWAY]
     model = choose_model(request.match_info["model_id"], gateway.fleet)
     return web.json_response(text=describe_model(model, gateway.settings).model_dump_json())
@@ -65,8 +65,13 @@ def check_is_served(model: SeenModel, fleet: Fleet, now: float) -> None:
 
     What has just gone comes back within a restart's time, and requests wait for it.
 
+    Args:
+        model: Whose pictures are asked for.
+        fleet: As it was last seen.
+        now: On the monotonic clock.
+
     Raises:
-        ApiError: 503, with what is missing. now: on the monotonic clock.
+        ApiError: 503, with what is missing.
     """
     if reasons := fleet.reasons_not_to_wait(model, now):
         raise unavailable(f"Pictures can't be made now: {', and '.join(reasons)}.")
@@ -75,8 +80,12 @@ def check_is_served(model: SeenModel, fleet: Fleet, now: float) -> None:
 def check_store(fleet: Fleet, now: float) -> None:
     """Let a request pass if the store can take it.
 
+    Args:
+        fleet: As it was last seen.
+        now: On the monotonic clock.
+
     Raises:
-        ApiError: 503, with why it can't. now: on the monotonic clock.
+        ApiError: 503, with why it can't.
     """
     if problem := fleet.store_problem(now):
         code = "store_full" if fleet.is_store_full else "store_unavailable"
@@ -84,7 +93,7 @@ def check_store(fleet: Fleet, now: float) -> None:
 
 
 def describe_model(model: SeenModel, settings: GatewaySettings) -> replies.ModelCard:
-    """A model and its limits, for clients."""
+    """Return a model and its limits, for clients."""
     limits = limits_of(model.info, settings)
     size = f"{limits.default_width}x{limits.default_height}"
     return replies.ModelCard(

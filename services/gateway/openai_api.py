@@ -103,7 +103,7 @@ async def _answer(request: web.Request, gateway: Gateway, sent: Submission) -> w
 
 
 async def _stream(request: web.Request, gateway: Gateway, sent: Submission) -> web.StreamResponse:
-    """Progress as comment lines, JSON each; then the picture, or what went wrong, as an event."""
+    """Stream progress as comment lines, JSON each; then the picture, or what went wrong."""
     (request_id,) = sent.request_ids
     response = web.StreamResponse(
         headers={
@@ -135,7 +135,7 @@ async def _stream(request: web.Request, gateway: Gateway, sent: Submission) -> w
 
 
 def _timeout_s(gateway: Gateway, order: ImageOrder) -> float:
-    """How long a client waits: a deadline ends it, too, should the scheduler not have done so."""
+    """Return how long a client waits; a deadline ends it too, if the scheduler has not."""
     timeout_s = gateway.settings.request_timeout_s
     if not order.deadline_ms:
         return timeout_s
@@ -201,6 +201,6 @@ def _usage(order: ImageOrder) -> replies.Usage:
 
 
 def _owner(request: web.Request, body: GenerationBody) -> str:
-    """Whose share of the service a request draws on: the named user's, or else the key's."""
+    """Return whose share of the service a request draws on: the named user's, else the key's."""
     named = body.safety_identifier or body.user or request.headers.get("Authorization", "")
     return hashlib.sha256(named.encode(errors="surrogateescape")).hexdigest()[:16] if named else ""

@@ -23,7 +23,7 @@ _ERRORS = {
 
 
 def make_openapi() -> dict[str, Any]:
-    """The description of the whole HTTP interface, OpenAPI 3.1."""
+    """Return the description of the whole HTTP interface, OpenAPI 3.1."""
     reply_models = [
         model
         for model in vars(replies).values()

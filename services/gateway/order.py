@@ -25,16 +25,15 @@ _WITHOUT_EFFECT = ("quality", "style", "complexity")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What may be asked of one model here, and what holds where nothing is asked.
-
-    max_side, side_multiple, default_height, default_width: pixels. max_steps: by sampler.
-    """
+    """What may be asked of one model here, and what holds where nothing is asked."""
 
     model: ModelInfo
     max_side: int
+    """In pixels, as are the default sides."""
     default_height: int
     default_width: int
     max_steps: dict[str, int]
+    """The most steps by sampler."""
     default_sampler: str
     default_guidance_scale: float
     default_guidance_skip: str
@@ -42,12 +41,12 @@ class Limits:
     wanted_steps: int
 
     def default_steps(self, sampler: str) -> int:
-        """Steps where none are asked for."""
+        """Return the steps where none are asked for."""
         return min(self.wanted_steps, self.max_steps[sampler])
 
     @property
     def allowed_sizes(self) -> str:
-        """What `size` may be, in words."""
+        """Return what `size` may be, in words."""
         multiple = self.model.side_multiple
         return (
             f'"auto" or "WIDTHxHEIGHT" with sides from {multiple} to {self.max_side} in multiples '
@@ -56,7 +55,7 @@ class Limits:
 
 
 def limits_of(model: ModelInfo, settings: GatewaySettings) -> Limits:
-    """A model's limits, narrowed by the settings."""
+    """Return a model's limits, narrowed by the settings."""
     multiple = model.side_multiple
     max_side = max(multiple, min(model.max_side, settings.max_side) // multiple * multiple)
     wanted = settings.default_sampler
@@ -94,7 +93,7 @@ class ImageOrder:
 
 
 def order_images(body: GenerationBody, limits: Limits, *, random_seed: int) -> ImageOrder:
-    """What a body asks of a model.
+    """Return what a body asks of a model.
 
     Raises:
         InvalidRequestError: Names the field, and what this model allows.
@@ -186,7 +185,7 @@ def _choose_steps(steps: int | None, sampler: str, limits: Limits) -> int:
 
 
 def _choose_skip(body: GenerationBody, limits: Limits) -> str:
-    """The level, no higher than the service's cap.
+    """Return the level, no higher than the service's cap.
 
     An explicit seed without `guidance_skip` means "off": whoever names a seed expects that picture.
     """
@@ -212,12 +211,12 @@ def _warn(body: GenerationBody, limits: Limits, output_format: str) -> tuple[str
 
 
 def count_prompt_tokens(order: ImageOrder) -> int:
-    """About how many tokens are read of the prompt: words and marks, up to the model's limit."""
+    """Return about how many tokens of the prompt are read: words and marks, up to the limit."""
     words = re.findall(r"\w+|[^\w\s]", order.images[0].prompt)
     return min(len(words), order.model.max_prompt_tokens)
 
 
 def count_latent_positions(order: ImageOrder) -> int:
-    """How many latent positions all the pictures have together."""
+    """Return how many latent positions all the pictures have together."""
     factor = order.model.vae_scale_factor
     return sum((image.width // factor) * (image.height // factor) for image in order.images)

@@ -25,7 +25,7 @@ _POLICY = (
 
 
 def routes() -> list[web.RouteDef]:
-    """A route for every file and for the interface's description."""
+    """Return a route for every file and for the interface's description."""
     folder = resources.files("services.gateway").joinpath("ui")
     made = [
         web.get(path, _serve(folder.joinpath(name).read_bytes(), content_type))

@@ -4,55 +4,63 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict
 
 
-class ErrorDetail(BaseModel):
-    """What went wrong. param: the field to blame, null if none."""
+class Reply(BaseModel):
+    """A part of an answer; the lines under its fields are the specification's."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class ErrorDetail(Reply):
+    """What went wrong."""
 
     message: str
     type: str
     param: str | None
+    """The field to blame, null if none."""
     code: str | None
 
 
-class ErrorReply(BaseModel):
+class ErrorReply(Reply):
     """OpenAI's error object; every error is one."""
 
     error: ErrorDetail
 
 
-class InputTokensDetails(BaseModel):
+class InputTokensDetails(Reply):
     """Of what kind the input was."""
 
     image_tokens: int = 0
     text_tokens: int
 
 
-class Usage(BaseModel):
-    """input_tokens: words and marks read of the prompts. output_tokens: latent positions made."""
+class Usage(Reply):
+    """What the pictures took."""
 
     input_tokens: int
+    """Words and marks read of the prompts."""
     input_tokens_details: InputTokensDetails
     output_tokens: int
+    """Latent positions made."""
     total_tokens: int
 
 
-class ImageItem(BaseModel):
-    """One picture: `b64_json` or `url`, as asked for.
-
-    skipped_steps: steps whose guidance was extrapolated. warnings: such as a prompt that was cut.
-    """
+class ImageItem(Reply):
+    """One picture: `b64_json` or `url`, as asked for."""
 
     b64_json: str | None = None
     url: str | None = None
     request_id: str
     seed: int
     skipped_steps: list[int]
+    """Steps whose guidance was extrapolated."""
     warnings: list[str]
+    """Such as a prompt that was cut."""
 
 
-class ImagesReply(BaseModel):
+class ImagesReply(Reply):
     """The answer to `POST /v1/images/generations`."""
 
     created: int
@@ -66,7 +74,7 @@ class ImagesReply(BaseModel):
     warnings: list[str]
 
 
-class CompletedEvent(BaseModel):
+class CompletedEvent(Reply):
     """The last event of a stream: the picture and what it came with."""
 
     type: Literal["image_generation.completed"] = "image_generation.completed"
@@ -84,7 +92,7 @@ class CompletedEvent(BaseModel):
     warnings: list[str]
 
 
-class OutcomeReply(BaseModel):
+class OutcomeReply(Reply):
     """What a finished picture came with; seconds as the workers saw them."""
 
     content_type: str
@@ -95,34 +103,36 @@ class OutcomeReply(BaseModel):
     transport: str
 
 
-class RequestReply(BaseModel):
-    """How one picture is doing.
-
-    state: queued, running, done, failed or cancelled. queue_position: 1 is next, null if it does
-    not wait or is not known. step: UNet forwards done of num_steps, null if not known. Instants are
-    seconds since the Unix epoch. url: where the picture is, null until done. error: of a failure.
-    """
+class RequestReply(Reply):
+    """How one picture is doing. Instants are seconds since the Unix epoch."""
 
     id: str
     object: Literal["image.request"] = "image.request"
     job_id: str
     state: str
+    """queued, running, done, failed or cancelled."""
     queue_position: int | None
+    """1 is next; null if it does not wait or is not known."""
     step: int | None
+    """UNet forwards done of `num_steps`; null if not known."""
     num_steps: int | None
     num_attempts: int
     submitted_at: float
     started_at: float | None
     finished_at: float | None
-    waited_s: float | None = Field(description="From submission to the first attempt.")
-    total_s: float | None = Field(description="From submission to the final state.")
+    waited_s: float | None
+    """From submission to the first attempt."""
+    total_s: float | None
+    """From submission to the final state."""
     parameters: dict[str, Any]
     url: str | None
+    """Where the picture is; null until done."""
     outcome: OutcomeReply | None
     error: ErrorDetail | None
+    """Of a failure."""
 
 
-class Sizes(BaseModel):
+class Sizes(Reply):
     """Sides in pixels."""
 
     default: str
@@ -130,7 +140,7 @@ class Sizes(BaseModel):
     max_side: int
 
 
-class ModelLimits(BaseModel):
+class ModelLimits(Reply):
     """The largest value of each; num_inference_steps by sampler."""
 
     n: int
@@ -140,7 +150,7 @@ class ModelLimits(BaseModel):
     prompt_tokens: int
 
 
-class ModelDefaults(BaseModel):
+class ModelDefaults(Reply):
     """What holds where nothing is asked for."""
 
     size: str
@@ -152,19 +162,17 @@ class ModelDefaults(BaseModel):
     response_format: str = "b64_json"
 
 
-class ModelCard(BaseModel):
-    """A model and what may be asked of it.
-
-    ready: whether it has the workers it needs now. batch_invariant: whether the same request gives
-    the same bytes alone and among others, on every worker that it has now.
-    """
+class ModelCard(Reply):
+    """A model and what may be asked of it."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "synerdiff"
     ready: bool
+    """Whether it has the workers it needs now."""
     batch_invariant: bool
+    """Whether a request gives the same bytes alone and among others, on every worker it has."""
     samplers: list[str]
     guidance_skips: list[str] = ["off", "balanced", "fast"]
     output_formats: list[str] = ["png", "jpeg", "webp"]
@@ -173,14 +181,14 @@ class ModelCard(BaseModel):
     defaults: ModelDefaults
 
 
-class ModelList(BaseModel):
+class ModelList(Reply):
     """Every model that is served."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
-class ReadinessReply(BaseModel):
+class ReadinessReply(Reply):
     """Whether pictures can be made now, and if not, why."""
 
     ready: bool

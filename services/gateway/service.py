@@ -28,7 +28,8 @@ log = get_logger()
 class GatewayService:
     """Serves HTTP until stopped.
 
-    redis: the connection; the caller owns it. url: where it listens, empty until it does.
+    Args:
+        redis: The connection; the caller owns it.
     """
 
     def __init__(self, redis: Redis, settings: GatewaySettings) -> None:
@@ -52,6 +53,7 @@ class GatewayService:
         )
         self._stopping = asyncio.Event()
         self.url = ""
+        """Where it listens; empty until it does."""
 
     def stop(self) -> None:
         """Not ready any more, finish what is in flight, end; called again: end at once."""
@@ -119,7 +121,7 @@ class GatewayService:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens on an address or on `localhost`."""
+    """Return whether only this machine reaches what listens on an address or on `localhost`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

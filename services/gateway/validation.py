@@ -134,7 +134,7 @@ class GenerationBody(BaseModel):
 
 
 def parse_body(payload: bytes) -> GenerationBody:
-    """The checked body of a request.
+    """Return the checked body of a request.
 
     Raises:
         InvalidRequestError: Not JSON, or fields that are wrong: `field` is the first of them, and
@@ -159,7 +159,7 @@ def parse_body(payload: bytes) -> GenerationBody:
 
 
 def unknown_fields(body: GenerationBody) -> tuple[str, ...]:
-    """Names of the body's keys that mean nothing here; the first ten, printable."""
+    """Return the body's keys that mean nothing here; the first ten, printable."""
     return tuple(body.model_extra or ())
 
 
@@ -168,7 +168,7 @@ def _printable(name: str) -> str:
 
 
 def allowed_values(field: str) -> str:
-    """What a field of the body may hold, in words.
+    """Return what a field of the body may hold, in words.
 
     >>> allowed_values("n")
     'an integer from 1 to 10'
@@ -225,7 +225,7 @@ def _explain(error: ValidationError, value: Mapping[str, Any]) -> InvalidRequest
 
 
 def _name(value: object) -> str:
-    """A value from JSON, short enough for a message."""
+    """Return a value from JSON, short enough for a message."""
     match value:
         case None | bool() | float():
             return json.dumps(value)

@@ -16,7 +16,7 @@ from PIL import Image
 from running_up import STOP_TIMEOUT_S, Up, is_gone
 from tiny_model import make_tiny_model
 
-from cli.stack import COMPILED_KERNEL_BYTES, NUM_COMPILED_KERNELS
+from launch.stack import COMPILED_KERNEL_BYTES, NUM_COMPILED_KERNELS
 from shared import keys
 from shared.streams import connect
 
@@ -87,7 +87,7 @@ async def serve_through_deaths(up: Up) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_200_requests_survive_the_death_of_every_process(up: Up) -> None:
-    others = {one for one in psutil.Process().children() if one.pid != up.process.pid}
+    others = {child for child in psutil.Process().children() if child.pid != up.process.pid}
     up.wait_ready()
     asyncio.run(serve_through_deaths(up))
     assert len(up.segments()) == 1

@@ -92,7 +92,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def registered(up: Up) -> set[str]:
-    return {one.incarnation for one in read_workers(f"unix://{up.data_dir}/redis.sock")}
+    return {worker.incarnation for worker in read_workers(f"unix://{up.data_dir}/redis.sock")}
 
 
 def is_ready(up: Up) -> bool:

@@ -20,7 +20,7 @@ import openai
 import pytest
 from PIL import Image
 
-from cli.stack import reserve_port
+from launch.stack import reserve_port
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = "synerdiff-test"
@@ -39,7 +39,8 @@ def has_engine() -> bool:
         return False
     asked = (["docker", "info"], ["docker", "compose", "version"])
     return all(
-        subprocess.run(one, capture_output=True, check=False).returncode == 0 for one in asked
+        subprocess.run(question, capture_output=True, check=False).returncode == 0
+        for question in asked
     )
 
 
@@ -75,9 +76,11 @@ def build_image() -> None:
     )
 
 
-def assert_same_picture(one: bytes, other: bytes) -> None:
+def assert_same_picture(picture: bytes, other: bytes) -> None:
     """Up to rounding: neighbours and thread counts change the order of sums."""
-    pixels = [np.asarray(Image.open(io.BytesIO(data)), dtype=np.float32) for data in (one, other)]
+    pixels = [
+        np.asarray(Image.open(io.BytesIO(data)), dtype=np.float32) for data in (picture, other)
+    ]
     assert np.abs(pixels[0] - pixels[1]).mean() < 2
 
 
@@ -89,7 +92,7 @@ class Project:
         self.port = reserve_port("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.port}"
         files = ("compose.yaml", *overlays)
-        self._command = ("docker", "compose", *(part for one in files for part in ("-f", one)))
+        self._command = ("docker", "compose", *(part for file in files for part in ("-f", file)))
         self._variables = variables
 
     def compose(self, *arguments: str) -> str:
@@ -113,7 +116,7 @@ class Project:
         """What `docker compose ps` says of each running container, by its name."""
         lines = self.compose("ps", "--format", "json").splitlines()
         items = {item["Name"]: item for item in map(json.loads, lines)}
-        return {name: one for name, one in items.items() if service in {"", one["Service"]}}
+        return {name: item for name, item in items.items() if service in {"", item["Service"]}}
 
     def leftovers(self) -> list[str]:
         """Containers, volumes and networks of this project, running or not."""

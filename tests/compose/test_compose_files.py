@@ -59,8 +59,14 @@ def read(*overlays: str, **variables: str) -> dict[str, Any]:
 def test_only_settings_that_exist_are_set(overlays: tuple[str, ...]) -> None:
     services = read(*overlays, REDIS_PASSWORD="secret")
     for name, kind in SETTINGS.items():
-        ours = [one for one in services[name]["environment"] if one.startswith("SYNERDIFF_")]
-        assert {one.removeprefix("SYNERDIFF_").lower() for one in ours} <= set(kind.model_fields)
+        ours = [
+            variable
+            for variable in services[name]["environment"]
+            if variable.startswith("SYNERDIFF_")
+        ]
+        assert {variable.removeprefix("SYNERDIFF_").lower() for variable in ours} <= set(
+            kind.model_fields
+        )
 
 
 def test_a_service_may_drain_for_as_long_as_its_settings_say() -> None:
@@ -80,7 +86,7 @@ def test_on_a_gpu_workers_and_the_mps_daemon_share_namespaces_user_and_device() 
         assert service["image"] == services["gateway"]["image"] == services["anchor"]["image"]
         assert service["environment"]["CUDA_MPS_PIPE_DIRECTORY"] == "/mps/pipe"
         assert [volume for volume in service["volumes"] if volume["target"] == "/mps"]
-    devices = [one["deploy"]["resources"]["reservations"]["devices"] for one in members]
+    devices = [member["deploy"]["resources"]["reservations"]["devices"] for member in members]
     assert devices[0] == devices[1] == devices[2]
     assert "deploy" not in services["gateway"]
     for name in WORKERS:

@@ -15,7 +15,7 @@ import pytest
 import trustme
 from compose_project import Project, assert_same_picture, build_image, needs_engine, run
 
-from cli.stack import reserve_port
+from launch.stack import reserve_port
 from shared.errors import ConfigurationError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), needs_engine]

@@ -16,7 +16,7 @@ NUM_STEPS = 100
 
 def forwards() -> float:
     samples = metrics.FORWARDS.collect()[0].samples
-    return sum(one.value for one in samples if one.name.endswith("_total"))
+    return sum(sample.value for sample in samples if sample.name.endswith("_total"))
 
 
 async def some_forwards(count: int) -> None:

@@ -16,8 +16,8 @@ import psutil
 import pytest
 from redis_server import RedisServer
 
-from cli.data_folder import DataFolder
-from cli.stack import EMBEDDED_MODEL
+from launch.data_folder import DataFolder
+from launch.stack import EMBEDDED_MODEL
 
 TIMEOUT_S = 60.0
 

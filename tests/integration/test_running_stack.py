@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cli.data_folder import DataFolder
-from cli.disk import full_disk
 from cli.narrator import Narrator
 from cli.running_stack import RunningStack
-from cli.stack import Stack
-from cli.supervisor import Supervisor
+from launch.data_folder import DataFolder
+from launch.disk import full_disk
+from launch.stack import Stack
+from launch.supervisor import Supervisor
 
 WAIT_S = 30.0
 

@@ -13,8 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cli.service_log import LogLine
-from cli.supervisor import Death, RestartPolicy, Service, Supervisor
+from bench.hung_thread import NotStoppedError, stopped_thread
+from launch.restarts import RestartPolicy
+from launch.service_log import LogLine
+from launch.supervisor import Death, Service, Supervisor
 from shared.errors import EXIT_CONFIGURATION
 
 WAIT_S = 20.0
@@ -204,11 +206,16 @@ async def test_a_service_that_will_not_stop_is_killed_after_its_grace_period(
 async def test_a_second_wish_to_stop_kills_at_once(
     supervisor: Supervisor, witness: Witness
 ) -> None:
-    stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True)"
-    await supervisor.start(script("stubborn", f"{stubborn}; {SLEEP}"))
+    stubborn = (
+        "import signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('no', flush=True))\n"
+        "print('here', flush=True)\n"
+        "while True: time.sleep(60)"
+    )
+    await supervisor.start(script("stubborn", stubborn))
     await wait_until(lambda: witness.lines)
     stopping = asyncio.create_task(supervisor.stop(grace_s=60))
-    await asyncio.sleep(0.1)
+    await wait_until(lambda: len(witness.lines) == 2)
     supervisor.kill()
     await asyncio.wait_for(stopping, 10)
 
@@ -244,10 +251,38 @@ async def test_the_children_of_a_service_do_not_outlive_it(
     await supervisor.stop(grace_s=5)
 
 
+async def test_a_service_that_has_exited_is_started_again_while_a_tracer_holds_its_thread(
+    supervisor: Supervisor, witness: Witness
+) -> None:
+    source = (
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        "print('here', flush=True)\n"
+        "time.sleep(60)"
+    )
+    await supervisor.start(script("unet-0", source))
+    await wait_until(lambda: witness.lines)
+    pid = supervisor.pids()["unet-0"]
+    process = supervisor._kept["unet-0"].process
+    assert process is not None
+    try:
+        with stopped_thread(pid):
+            os.kill(pid, signal.SIGKILL)
+            await wait_until(lambda: len(witness.lines) == 2)
+            assert is_gone(pid)
+        await asyncio.wait_for(process.wait(), WAIT_S)  # it is reaped, if late
+    except NotStoppedError as error:
+        pytest.skip(f"needs ptrace: {error}")
+    finally:
+        await supervisor.stop(grace_s=5)
+    assert [death.cause for death in witness.deaths] == ["killed by SIGKILL"]
+    assert witness.ended[0] == pid
+
+
 SUPERVISOR_SCRIPT = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from cli.supervisor import Service, Supervisor
+from launch.supervisor import Service, Supervisor
 
 class Deaf:
     def on_log_line(self, service, line): pass

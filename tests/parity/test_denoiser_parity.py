@@ -26,8 +26,6 @@ from shared.messages import ImageParameters
 ONE_LEVEL = 1 / 255
 FALLBACKS = ("PNDMScheduler", "HeunDiscreteScheduler", "UniPCMultistepScheduler")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(
     scope="module", params=["epsilon, f8", "v_prediction, f4, linear projection, DDIM config"]

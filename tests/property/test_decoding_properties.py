@@ -73,7 +73,6 @@ def run(vae, latents, granularity):
 @settings(max_examples=20, deadline=None)
 @given(config=decoders, size=latents_of, num_chunks=st.none() | st.integers(1, 24))
 def test_layer_chunks_give_the_bits_of_any_whole_decode(config, size, num_chunks):
-    torch.set_num_threads(1)
     vae = make_vae(**config)
     latents = make_latents(vae, **size)
     image = run(vae, latents, Granularity(num_chunks=num_chunks))
@@ -83,7 +82,6 @@ def test_layer_chunks_give_the_bits_of_any_whole_decode(config, size, num_chunks
 @settings(max_examples=30, deadline=None)
 @given(config=decoders, size=latents_of, granularity=granularities)
 def test_strips_give_the_image_of_any_whole_decode(config, size, granularity):
-    torch.set_num_threads(1)
     vae = make_vae(**config)
     latents = make_latents(vae, **size)
     image = run(vae, latents, granularity)
@@ -96,7 +94,6 @@ def test_strips_in_bf16_are_no_further_from_fp32_than_any_whole_bf16_decode(
     config, batch, granularity
 ):
     """On average over weights and latents: single roundings fall either way."""
-    torch.set_num_threads(1)
     lost_db = []
     for seed in range(5):
         seeded = {**config, "seed": seed}

@@ -45,7 +45,7 @@ def test_the_ceiling_overlaps_as_many_decodes_as_there_are() -> None:
 
 def all_throughputs(plan: Plan) -> dict[str, dict[str, float]]:
     cells = next_cells(plan, {}, only_missing=True)
-    rates = {one.name: 1.0 + i / 10 for i, one in enumerate(plan.contenders)}
+    rates = {contender.name: 1.0 + i / 10 for i, contender in enumerate(plan.contenders)}
     return {
         cell.name: {
             "throughput_per_s": rates[cell.contender],

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,13 +17,14 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.__main__ import app
-from cli.client import GatewayError, Progress, request_picture
-from cli.data_folder import DataFolder
-from cli.embedded_redis import choose_maxmemory_bytes, choose_socket, find_redis_binary
+from cli.bench_commands import BENCHMARKS
 from cli.generate import choose_paths
 from cli.lazy_command import add_lazy_command, load_function
 from cli.progress import describe
-from cli.stack import Stack, StackOptions, prepare_stack, reserve_port
+from launch.client import GatewayError, Progress, request_picture
+from launch.data_folder import DataFolder
+from launch.embedded_redis import choose_maxmemory_bytes, choose_socket, find_redis_binary
+from launch.stack import Stack, StackOptions, prepare_stack, reserve_port
 from shared.errors import ConfigurationError
 
 PNG = b"\x89PNG not really"
@@ -112,6 +114,13 @@ def test_a_lazy_command_takes_its_options_from_its_function_and_ends_with_json(
     assert json.loads(last) == {"seed": 5, "quick": True}
     assert "--seed" in CliRunner().invoke(lazy, ["example", "--help"]).output
     assert CliRunner().invoke(lazy, ["example", "--nonsense"]).exit_code == 2
+
+
+def test_every_benchmark_has_a_command() -> None:
+    files = (Path(__file__).parents[2] / "bench").glob("*.py")
+    assert BENCHMARKS.keys() == {
+        file.stem for file in files if re.search(r"^(def )?run\b", file.read_text(), re.MULTILINE)
+    }
 
 
 def test_a_missing_extra_is_named() -> None:
@@ -210,14 +219,6 @@ def test_an_address_that_is_none_is_named(url: str) -> None:
         request_picture(url, {"prompt": "apple"}, lambda _: None)
 
 
-@pytest.fixture
-def own_environment() -> Iterator[None]:
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
 def test_a_port_in_use_is_told_before_anything_starts(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -229,16 +230,25 @@ def test_a_port_in_use_is_told_before_anything_starts(tmp_path: Path) -> None:
     assert answer.stdout == ""
 
 
-@pytest.mark.usefixtures("own_environment")
 def test_a_missing_model_is_told_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="--model"):
         prepare_stack(StackOptions(port=0, model=tmp_path))
 
 
-@pytest.mark.usefixtures("own_environment")
 def test_a_bad_setting_is_named_with_what_it_should_be() -> None:
     with pytest.raises(ConfigurationError, match=r"SYNERDIFF_DTYPE='float7'.*bfloat16"):
         prepare_stack(StackOptions(port=0, dtype="float7"))
+
+
+def test_options_win_over_the_environment_which_they_leave_as_it_is(tmp_path: Path) -> None:
+    environment = {"SYNERDIFF_POLICY": "static", "SYNERDIFF_LOG_LEVEL": "error"}
+    before = dict(environment), dict(os.environ)
+    stack = prepare_stack(StackOptions(port=0, policy="dynamic"), environment)
+    assert before == (environment, dict(os.environ))
+    for service in stack.services("redis://there", tmp_path):
+        assert service.environment["SYNERDIFF_POLICY"] == "dynamic"
+        assert service.environment["SYNERDIFF_LOG_LEVEL"] == "error"
+        assert service.environment["SYNERDIFF_REDIS_URL"] == "redis://there"
 
 
 def test_a_data_folder_has_one_stack_at_a_time(tmp_path: Path) -> None:

@@ -14,8 +14,6 @@ from services.unet_worker.backends.cpu.group_norms import lay_out_group_norms
 from services.unet_worker.families.loading import load_family
 from shared.errors import ConfigurationError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def _backend(folder: Path, dtype: Any) -> CpuBackend:
     return CpuBackend(load_family(folder, device="cpu", dtype=dtype))

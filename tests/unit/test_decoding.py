@@ -26,9 +26,6 @@ STRIP_TOLERANCE = 5e-5
 BF16_TOLERANCE_DB = 0.2
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def decode(vae, latents: Tensor, granularity: Granularity) -> Tensor:
     plan = plan_chunks(vae, *latents.shape[2:], granularity=granularity)
     return finish(decode_chunks(vae, latents, plan=plan))

@@ -29,8 +29,6 @@ from shared.errors import ConfigurationError, InvalidRequestError, OverloadedErr
 from shared.guidance_skip import SKIP_LEVELS, SkipParameters
 from shared.messages import SlotRow
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SMALL: dict[str, Any] = {"height": 32, "width": 32}
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cli import diagnosis, machine
+from cli import diagnosis
 from cli.__main__ import app
 from cli.diagnosis import Choices, Diagnosis, Finding, Gpu
+from launch import machine
 from shared.device import choose_dtype
 
 MIB = 1 << 20

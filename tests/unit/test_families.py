@@ -17,8 +17,6 @@ from services.unet_worker.families.loading import load_family
 from shared.device import choose_device, choose_dtype
 from shared.errors import ConfigurationError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_the_facts_are_the_folders_own(tmp_path: Path) -> None:
     folder = make_tiny_model(

@@ -16,15 +16,13 @@ from services.vae_worker.model import load_decoder
 from shared.guidance_skip import SKIP_LEVELS
 from training.retrieval import load_references
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 REFERENCES = load_references(Path("models/emoji"))
 
 
 def test_tuning_and_reporting_share_no_picture_and_no_prompt() -> None:
     halves = [choose_prompts(REFERENCES, 300, half=half) for half in (0, 1)]
     assert [len(half) for half in halves] == [300, 300]
-    pictures, captions = ([{one[i] for one in half} for half in halves] for i in (0, 1))
+    pictures, captions = ([{reference[i] for reference in half} for half in halves] for i in (0, 1))
     assert not pictures[0] & pictures[1]
     assert not captions[0] & captions[1]
 
@@ -92,7 +90,7 @@ def test_steps_are_skipped_where_asked_and_guidance_is_dropped_where_told(studio
     assert full.skipped_steps == dropped.skipped_steps == ()
     torch.testing.assert_close(same.latents, full.latents)
     assert not torch.equal(skipped.latents, full.latents)
-    distances = [float((one.latents - full.latents).norm()) for one in (dropped, unguided)]
+    distances = [float((drawn.latents - full.latents).norm()) for drawn in (dropped, unguided)]
     assert 0 < distances[0] < distances[1]
 
 

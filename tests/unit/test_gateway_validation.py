@@ -189,13 +189,13 @@ def test_the_service_s_cap_on_skipping_holds_for_every_request() -> None:
     asked = [b"null", b'"off"', b'"balanced"', b'"fast"']
     orders = [
         order_images(
-            parse_body(b'{"prompt": "x", "guidance_skip": ' + one + b"}"), limits, random_seed=0
+            parse_body(b'{"prompt": "x", "guidance_skip": ' + level + b"}"), limits, random_seed=0
         )
-        for one in asked
+        for level in asked
     ]
-    levels = [one.images[0].guidance_skip for one in orders]
+    levels = [order.images[0].guidance_skip for order in orders]
     assert levels == ["balanced", "off", "balanced", "balanced"]
-    assert [len(one.warnings) for one in orders] == [0, 0, 0, 1]
+    assert [len(order.warnings) for order in orders] == [0, 0, 0, 1]
 
 
 def test_unknown_fields_are_ignored_and_told() -> None:

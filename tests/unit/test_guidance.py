@@ -23,8 +23,6 @@ from services.unet_worker.denoising.guidance import (
 )
 from shared.guidance_skip import SKIP_LEVELS, SkipParameters
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BALANCED = SKIP_LEVELS["balanced"]
 assert BALANCED is not None
 

@@ -38,7 +38,7 @@ def load(text: str) -> list[Manifest]:
 
 
 def build(overlay: str) -> list[Manifest]:
-    command = next((one for one in BUILDERS if shutil.which(one[0])), None)
+    command = next((builder for builder in BUILDERS if shutil.which(builder[0])), None)
     if command is None:
         pytest.skip("neither kustomize nor kubectl is here")
     done = subprocess.run(
@@ -54,7 +54,9 @@ def manifests(request: pytest.FixtureRequest) -> list[Manifest]:
 
 
 def of_kind(manifests: list[Manifest], kind: str) -> dict[str, Manifest]:
-    return {one["metadata"]["name"]: one for one in manifests if one["kind"] == kind}
+    return {
+        manifest["metadata"]["name"]: manifest for manifest in manifests if manifest["kind"] == kind
+    }
 
 
 def container(deployment: Manifest) -> Manifest:
@@ -99,7 +101,9 @@ def test_every_service_has_probes_a_budget_and_time_to_drain(manifests: list[Man
         assert budgets[name]["spec"]["selector"] == deployment["spec"]["selector"]
         assert container(deployment)["readinessProbe"]["httpGet"]["path"] == "/readyz"
         assert "startupProbe" in container(deployment)
-        variables = {one["name"]: one.get("value") for one in container(deployment)["env"]}
+        variables = {
+            variable["name"]: variable.get("value") for variable in container(deployment)["env"]
+        }
         default = SETTINGS[name].model_fields["drain_timeout_s"].default
         drain_s = float(variables.get("SYNERDIFF_DRAIN_TIMEOUT_S") or default)
         assert template["spec"]["terminationGracePeriodSeconds"] > drain_s
@@ -110,7 +114,7 @@ def test_only_settings_that_exist_are_set(manifests: list[Manifest]) -> None:
     known = set().union(*(kind.model_fields for kind in SETTINGS.values()))
     assert {_field(name) for name in shared["data"]} <= known
     for name, deployment in of_kind(manifests, "Deployment").items():
-        own = {_field(one["name"]) for one in container(deployment)["env"]}
+        own = {_field(variable["name"]) for variable in container(deployment)["env"]}
         assert own <= set(SETTINGS[name].model_fields)
 
 

@@ -20,8 +20,6 @@ from services.unet_worker.families.loading import load_family
 from services.unet_worker.families.protocol import Encoding, Family, InitialState
 from shared.errors import OverloadedError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHAPE = (1, 4, 8, 8)
 
 

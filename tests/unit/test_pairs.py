@@ -55,3 +55,13 @@ def test_the_doctor_shows_each_pair_of_a_running_service(redis_server: RedisServ
     told = CliRunner().invoke(app, ["doctor", "--json", "--redis-url", redis_server.url]).stdout
     pairs = {pair["vae"]: pair["transport"] for pair in json.loads(told)["pairs"]}
     assert pairs == {"vae-0": "shm", "far": "inline"}
+
+
+def test_the_doctor_leaves_out_what_it_cannot_read(redis_server: RedisServer) -> None:
+    register(redis_server, UNET, VAE)
+    with redis_server.client() as client:
+        client.sadd(keys.WORKERS, "newer", b"\xff\xfe", "of another kind")
+        client.set(keys.worker("newer"), b"\x81\xa1x\x01")
+        client.rpush(keys.worker("of another kind"), "x")
+    answer = CliRunner().invoke(app, ["doctor", "--json", "--redis-url", redis_server.url])
+    assert [pair["vae"] for pair in json.loads(answer.stdout)["pairs"]] == ["vae-0"]

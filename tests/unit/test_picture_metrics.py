@@ -7,8 +7,6 @@ import torch
 
 from bench.picture_metrics import MAX_PSNR_DB, foreground_psnr_db, gmsd, psnr_db, ssim
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def _pictures(count: int = 2) -> torch.Tensor:
     return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -12,8 +12,6 @@ from tiny_model import load_reference_pipeline
 from services.unet_worker.families.loading import load_family
 from services.unet_worker.families.prompt_encoder import PromptEncoder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PROMPTS = ["a red cat", "", "the blue dog of the moon", "heart, " * 9, "a red cat"]
 
 

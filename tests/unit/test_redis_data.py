@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import redis
 
-from cli.embedded_redis import RedisBinary, find_redis_binary, redis_command, socket_url
-from cli.redis_data import SnapshotFormat, read_snapshot_format
+from launch.embedded_redis import RedisBinary, find_redis_binary, redis_command, socket_url
+from launch.redis_data import SnapshotFormat, read_snapshot_format
 from shared.errors import ConfigurationError
 
 WAIT_S = 20.0

@@ -12,8 +12,6 @@ from services.unet_worker.denoising.coefficients import NotLinearError, read_tab
 from services.unet_worker.denoising.samplers import SAMPLERS, Samplers
 from shared.errors import InvalidRequestError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cli.service_log import ServiceLog, explanation, level_of
-from cli.supervisor import DeathCount, RestartPolicy
+from launch.restarts import DeathCount, RestartPolicy
+from launch.service_log import ServiceLog, explanation, level_of
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from cli.settings import settings_page
 from shared.errors import ConfigurationError
 from shared.settings import (
+    SERVICE_SETTINGS,
     GatewaySettings,
     SchedulerSettings,
     ServiceSettings,
@@ -15,6 +17,7 @@ from shared.settings import (
     VaeWorkerSettings,
     cgroup_quota,
     load_settings,
+    to_environment,
 )
 
 
@@ -112,3 +115,34 @@ def test_a_request_waits_for_its_start_well_below_its_timeout(
 ) -> None:
     assert GatewaySettings(request_timeout_s=timeout_s).wait_limit_s == wait_s
     assert GatewaySettings(request_timeout_s=timeout_s, max_wait_s=0.0).wait_limit_s == 0.0
+
+
+def test_the_page_of_settings_says_what_the_code_says() -> None:
+    page = Path(__file__).parents[2] / "docs" / "settings.md"
+    assert page.read_text() == settings_page(), "synerdiff settings > docs/settings.md"
+
+
+def test_every_setting_is_explained() -> None:
+    names = {name for kind in SERVICE_SETTINGS for name in kind.model_fields}
+    assert names == {
+        name for kind in SERVICE_SETTINGS for name, field in kind.model_fields.items()
+        if field.description
+    }  # fmt: skip
+    for name in names:
+        assert f"`SYNERDIFF_{name.upper()}`" in settings_page()
+
+
+def test_only_settings_that_exist_can_be_handed_on() -> None:
+    assert to_environment({"max_call_s": 5.0}) == {"SYNERDIFF_MAX_CALL_S": "5.0"}
+    with pytest.raises(LookupError, match="compute_timeout_s"):
+        to_environment({"compute_timeout_s": 5.0})
+
+
+def test_an_environment_can_be_handed_over_and_the_process_keeps_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SYNERDIFF_PORT", "1")
+    assert load_settings(GatewaySettings).port == 1
+    assert load_settings(GatewaySettings, {"synerdiff_port": "2"}).port == 2
+    assert load_settings(GatewaySettings, {}).port == 8000
+    assert GatewaySettings().port == 8000

@@ -33,10 +33,10 @@ def test_a_capacity_is_a_load_at_which_latencies_stay_near_the_unloaded_ones() -
     throughput, unloaded, capacity = samples.values()
     assert throughput["slowdown"] == 1.0
     assert 0 < capacity["capacity_per_s"] <= throughput["throughput_per_s"]
-    tried = {one["load_per_s"]: one for one in capacity["tried"]}
+    tried = {run["load_per_s"]: run for run in capacity["tried"]}
     carried = tried[capacity["capacity_per_s"]]
     assert carried["p95_s"] <= capacity["limit_s"]
-    assert not any(one["is_carried"] for load, one in tried.items() if load > carried["load_per_s"])
+    assert not any(run["is_carried"] for load, run in tried.items() if load > carried["load_per_s"])
     assert capacity["limit_s"] == 3 * unloaded["p95_s"]
 
 
@@ -45,10 +45,10 @@ def test_a_profile_in_which_chunks_make_slots_faster_is_served_by(policy: str) -
     """Measured profiles are noisy: then running out of chunks must not leave a slot no option."""
     measured = parse_profile(PROFILE.read_text())
     slots = [
-        replace(one, step_ms={rows: 0.5 * ms for rows, ms in one.step_ms.items()})
-        if one.kind.chunks
-        else one
-        for one in measured.slots
+        replace(slot, step_ms={rows: 0.5 * ms for rows, ms in slot.step_ms.items()})
+        if slot.kind.chunks
+        else slot
+        for slot in measured.slots
     ]
     stack = SimulatedStack(replace(measured, slots=tuple(slots)))
     stack.serve_by(policy)

@@ -13,8 +13,6 @@ from bench.skip_replay import join, make_replay, replay
 from bench.trajectories import Trajectories
 from shared.guidance_skip import SKIP_LEVELS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NUM_STEPS, NUM_CASES = 25, 4
 BALANCED = SKIP_LEVELS["balanced"]
 assert BALANCED is not None

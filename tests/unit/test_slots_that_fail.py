@@ -17,8 +17,6 @@ from services.unet_worker.denoising.isolation import run_isolated
 from services.unet_worker.denoising.latents import LatentPool
 from shared.messages import ImageParameters
 
-torch.set_num_threads(1)
-
 REQUESTS = {
     "pndm": parameters(seed=1, sampler="PNDMScheduler", num_inference_steps=4),
     "noisy": parameters(seed=2, sampler="euler_a", num_inference_steps=4),

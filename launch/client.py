@@ -33,19 +33,22 @@ class GatewayUnreachableError(GatewayError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a picture is. num_steps: 0 while not known. queue_position: 0 if not waiting."""
+    """How far a picture is."""
 
     state: str
     step: int
     num_steps: int
+    """0 while not known."""
     queue_position: int
+    """0 if it does not wait."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
-    """A finished picture. content: the file as it is."""
+    """A finished picture."""
 
     content: bytes
+    """The file as it is."""
     seed: int
     size: str
     warnings: tuple[str, ...]
@@ -54,7 +57,7 @@ class Picture:
 def request_picture(
     url: str, body: dict[str, Any], on_progress: Callable[[Progress], None]
 ) -> Picture:
-    """Ask for one picture and wait for it. Closing the connection, as an exception does, cancels.
+    """Ask for a picture, wait for it and return it. Closing the connection cancels.
 
     Args:
         url: The gateway's.
@@ -95,7 +98,7 @@ def request_picture(
 def request_in_background(
     url: str, body: dict[str, Any], on_progress: Callable[[Progress], None]
 ) -> Future[Picture]:
-    """`request_picture` in a thread that does not keep an interrupted command from ending."""
+    """Ask for a picture in a thread that does not keep an interrupted command from ending."""
     future: Future[Picture] = Future()
 
     def work() -> None:
@@ -109,7 +112,7 @@ def request_in_background(
 
 
 def is_ready(url: str) -> bool:
-    """Whether a gateway at `url` says that pictures can be made."""
+    """Return whether a gateway at `url` says that pictures can be made."""
     connection = _connect(url)
     try:
         connection.request("GET", f"{urlsplit(url).path.rstrip('/')}/readyz")

@@ -9,21 +9,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
-from cli.client import GatewayError, is_ready
-from cli.stack import reserve_port
-from cli.supervisor import Service
+from launch.client import GatewayError, is_ready
+from launch.stack import reserve_port
+from launch.supervisor import Service
+from shared.settings import to_environment
 
 _POLL_S: Final = 0.2
 _STOP_TIMEOUT_S: Final = 60.0
 
 
 @contextlib.contextmanager
-def private_stack(*options: str) -> Iterator[str]:
-    """Run `synerdiff up` with these options besides; yields the gateway's address when ready.
+def private_stack(
+    *options: str, settings: Mapping[str, object] = MappingProxyType({})
+) -> Iterator[str]:
+    """Run `synerdiff up`, and yield the gateway's address when it is ready.
+
+    Args:
+        options: Of the command, besides.
+        settings: Of the services, by their names.
 
     Raises:
         GatewayError: It did not come up; with what it said.
@@ -37,7 +45,7 @@ def private_stack(*options: str) -> Iterator[str]:
                 *("--host", "127.0.0.1", "--port", str(port), "--data-dir", str(Path(name) / "d")),
                 *options,
             ),
-            environment=os.environ,
+            environment={**os.environ, **to_environment(settings)},
             death_signal=signal.SIGTERM,
         )
         stack = subprocess.Popen(  # noqa: S603 (our own command)

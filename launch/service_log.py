@@ -32,28 +32,30 @@ _REDIS_WARNING: Final = re.compile(r"^\d+:\w .* # (?P<text>.*)$")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogLine:
-    """One line of a service's output. level: empty if it names none, as a traceback's lines."""
+    """One line of a service's output."""
 
     text: str
     level: str
+    """Empty if it names none, as a traceback's lines."""
 
     @property
     def is_alarming(self) -> bool:
-        """Whether a person at the terminal should see it unasked."""
+        """Return whether a person at the terminal should see it unasked."""
         return self.level in ALARMING_LEVELS
 
 
 def level_of(line: str) -> str:
-    """The level that a line names, as `shared.logs` writes it, as text or JSON; or empty."""
+    """Return the level that a line names, as `shared.logs` writes it, or empty."""
     match = _LEVEL_MARK.search(line)
     return (match["text"] or match["json"]) if match else ""
 
 
 def explanation(lines: Sequence[str]) -> str:
-    """Why a service ended, in its own words without what stands around them; empty if it said none.
+    """Return why a service ended, in its own words alone; empty if it said none.
 
-    lines: its last. They are read as `shared.logs` writes the error that ends a service, as text or
-    JSON, as Redis writes a warning, and otherwise as they are.
+    Args:
+        lines: Its last. They are read as `shared.logs` writes the error that ends a service, as
+            text or JSON, as Redis writes a warning, and otherwise as they are.
     """
     for line in reversed(lines):
         if match := _ERROR_AS_TEXT.search(line):
@@ -93,11 +95,11 @@ class ServiceLog:
 
     @property
     def tail(self) -> tuple[str, ...]:
-        """The last lines read."""
+        """Return the last lines read."""
         return tuple(self._tail)
 
     def open_for_service(self) -> int:
-        """A descriptor to give to the service as its output; the caller closes it.
+        """Return a descriptor to give to the service as its output; the caller closes it.
 
         It appends, so that the file can be emptied while the service writes. Where there is no room
         for the file, what the service says is lost.
@@ -109,7 +111,7 @@ class ServiceLog:
             return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
     def read_new_lines(self, *, is_final: bool = False) -> list[LogLine]:
-        """Whole lines written since the last call; with `is_final` an unfinished one, too."""
+        """Return whole lines written since the last call; with `is_final` unfinished ones, too."""
         content = b""
         with contextlib.suppress(OSError), self.path.open("rb") as file:
             file.seek(self._position)

@@ -25,16 +25,17 @@ _NEW_VALKEY: Final = (9, 0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotFormat:
-    """The format of a snapshot. number: Redis' or Valkey's own, as the header has it."""
+    """The format of a snapshot."""
 
     is_valkey: bool
     number: int
+    """Redis' or Valkey's own, as the header has it."""
 
     def __str__(self) -> str:
         return f"{'Valkey' if self.is_valkey else 'Redis'} snapshot format {self.number}"
 
     def is_read_by(self, *, is_valkey: bool, version: tuple[int, ...]) -> bool:
-        """Whether a server of that kind and version reads it."""
+        """Return whether a server of that kind and version reads it."""
         if self.is_valkey:
             return is_valkey and version >= _NEW_VALKEY
         if is_valkey:
@@ -48,9 +49,10 @@ class SnapshotFormat:
 
 
 def read_snapshot_format(folder: Path) -> SnapshotFormat | None:
-    """The format of the snapshot that a server's data begins with; None if it has none.
+    """Return the format of the snapshot that a server's data begins with; None without one.
 
-    folder: the server's; may be empty or missing.
+    Args:
+        folder: The server's; may be empty or missing.
     """
     files = folder / "appendonlydir"
     try:

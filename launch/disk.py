@@ -13,7 +13,7 @@ _MIB: Final = 1 << 20
 
 
 def full_disk(folders: Iterable[Path]) -> str:
-    """Say which of the folders' file systems is full, in words; empty if none is."""
+    """Return which of the folders' file systems is full, in words; empty if none is."""
     for folder in folders:
         try:
             status = os.statvfs(folder)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cli.disk import full_disk
+from launch.disk import full_disk
 from shared.errors import ConfigurationError
 from shared.host import SHM_DIRECTORY
 
@@ -22,7 +22,7 @@ _LOCK_PATIENCE_S: Final = 2.0
 
 
 def default_data_folder() -> Path:
-    """This user's own folder for data, as the XDG base directories have it."""
+    """Return this user's own folder for data, as the XDG base directories have it."""
     base = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")  # noqa: PTH111
     return Path(base) / "synerdiff"
 
@@ -35,17 +35,17 @@ class DataFolder:
 
     @property
     def redis(self) -> Path:
-        """The server's append-only files: kept from run to run."""
+        """Return where the server's append-only files are, which are kept from run to run."""
         return self.path / "redis"
 
     @property
     def logs(self) -> Path:
-        """One file per service, and that of the run before."""
+        """Return where the logs are: a file per service, and that of the run before."""
         return self.path / "logs"
 
     @property
     def metrics(self) -> Path:
-        """What `PROMETHEUS_MULTIPROC_DIR` names: of this run only.
+        """Return what `PROMETHEUS_MULTIPROC_DIR` names: of this run only.
 
         In memory where that is possible, since a disk may be full.
         """
@@ -56,7 +56,7 @@ class DataFolder:
 
     @property
     def lock(self) -> Path:
-        """Locked by the stack that runs here, whose process id and address it names."""
+        """Return the file that the stack which runs here has locked, and which names it."""
         return self.path / "lock"
 
     def create(self) -> None:
@@ -88,14 +88,15 @@ class DataFolder:
 
     @contextlib.contextmanager
     def locked(self, note: str) -> Iterator[int]:
-        """Hold the folder's lock; yields its descriptor. Afterwards nothing of one run is left.
+        """Hold the folder's lock and yield its descriptor; afterwards nothing of a run is left.
 
         A child that inherits the descriptor holds the lock as well, so that a folder is not free
         before a server that writes in it is gone. A holder that is just going is waited for.
 
-        note: tells others who holds it.
-
         A folder that is made for this goes again if the body refuses to start and nothing has run.
+
+        Args:
+            note: Tells others who holds it.
 
         Raises:
             ConfigurationError: Another stack holds it, who is named; or it can't be written.

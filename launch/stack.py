@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cli.data_folder import DataFolder
-from cli.embedded_redis import RedisBinary, choose_maxmemory_bytes, redis_command
-from cli.machine import shm_bytes
-from cli.supervisor import Service
+from launch.data_folder import DataFolder
+from launch.embedded_redis import RedisBinary, choose_maxmemory_bytes, redis_command
+from launch.machine import shm_bytes
+from launch.supervisor import Service
 from shared.errors import ConfigurationError
 from shared.host import SHM_DIRECTORY
 from shared.model_folder import check_model_folder
 from shared.settings import (
     GatewaySettings,
     SchedulerSettings,
-    ServiceSettings,
     UnetWorkerSettings,
     VaeWorkerSettings,
     load_settings,
+    to_environment,
 )
 
 EMBEDDED_MODEL: Final = Path(__file__).resolve().parents[1] / "models" / "emoji"
@@ -61,45 +61,41 @@ are enough."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StackOptions:
-    """The options of `synerdiff up`; None leaves a setting to its environment variable or default.
-
-    port: 0 takes any that is free. model: a diffusers folder.
-    """
+    """What is asked of a stack; None leaves a setting to its environment variable or default."""
 
     host: str | None = None
     port: int | None = None
+    """0 takes any that is free."""
     model: Path | None = None
+    """A diffusers folder."""
     device: str | None = None
     dtype: str | None = None
     policy: str | None = None
+    profiles: Path | None = None
     unet_workers: int = 1
     vae_workers: int = 1
     log_format: str | None = None
     log_level: str | None = None
 
     def environment(self) -> dict[str, str]:
-        """The SYNERDIFF_* variables that say what was chosen here."""
+        """Return the SYNERDIFF_* variables that say what was chosen here."""
         chosen = {
-            "HOST": self.host,
-            "PORT": self.port,
-            "MODEL": self.model.resolve() if self.model else None,
-            "DEVICE": self.device,
-            "DTYPE": self.dtype,
-            "POLICY": self.policy,
-            "LOG_FORMAT": self.log_format,
-            "LOG_LEVEL": self.log_level,
+            "host": self.host,
+            "port": self.port,
+            "model": self.model.resolve() if self.model else None,
+            "device": self.device,
+            "dtype": self.dtype,
+            "policy": self.policy,
+            "profiles": self.profiles,
+            "log_format": self.log_format,
+            "log_level": self.log_level,
         }
-        return {
-            f"SYNERDIFF_{name}": str(value) for name, value in chosen.items() if value is not None
-        }
+        return to_environment({name: value for name, value in chosen.items() if value is not None})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stack:
-    """A stack that may be started: its settings are good, its port is free, its model is there.
-
-    environment: of every service, complete but for the address of Redis.
-    """
+    """A stack that may be started: its settings are good, its port is free, its model is there."""
 
     host: str
     port: int
@@ -108,24 +104,29 @@ class Stack:
     unet_workers: tuple[str, ...]
     vae_workers: tuple[str, ...]
     environment: Mapping[str, str]
+    """Of every service, complete but for the address of Redis."""
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where to reach the gateway from this machine."""
+        """Return where to reach the gateway from this machine."""
         return _ALL_INTERFACES.get(self.host, self.host), self.port
 
     @property
     def url(self) -> str:
-        """The gateway's address for a browser on this machine."""
+        """Return the gateway's address for a browser on this machine."""
         host, port = self.address
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def services(self, redis_url: str, metrics_folder: Path) -> list[Service]:
-        """The gateway, the scheduler and the workers, in the order in which to start them."""
-        environment = dict(self.environment) | {
-            "SYNERDIFF_REDIS_URL": redis_url,
-            "SYNERDIFF_METRICS_PORT": "0",  # the gateway shows everybody's
-            "SYNERDIFF_DRAIN_TIMEOUT_S": str(0.8 * GRACE_S),
+        """Return gateway, scheduler and workers, in the order in which to start them."""
+        settings = {
+            "redis_url": redis_url,
+            "metrics_port": 0,  # the gateway shows everybody's
+            "drain_timeout_s": 0.8 * GRACE_S,
+        }
+        environment = {
+            **self.environment,
+            **to_environment(settings),
             "PROMETHEUS_MULTIPROC_DIR": str(metrics_folder),
             "PYTHONFAULTHANDLER": "1",
             "PYTHONUNBUFFERED": "1",
@@ -138,20 +139,25 @@ class Stack:
         ]
 
 
-def prepare_stack(options: StackOptions) -> Stack:
-    """Check everything that can be checked before anything starts.
+def prepare_stack(options: StackOptions, environment: Mapping[str, str] = os.environ) -> Stack:
+    """Check everything that can be checked before anything starts, and return what to start.
 
-    Sets the options' variables in this process's environment, which the services inherit.
+    Args:
+        options: They win over the environment.
+        environment: What the services inherit.
 
     Raises:
         ConfigurationError: A setting is wrong, the model is not there, or the port is taken.
     """
-    os.environ.update(options.environment())
-    os.environ.setdefault("SYNERDIFF_MODEL", str(EMBEDDED_MODEL))
-    gateway = load_settings(GatewaySettings)
-    scheduler = load_settings(SchedulerSettings)
-    worker = load_settings(UnetWorkerSettings)
-    load_settings(VaeWorkerSettings)
+    chosen = {
+        **to_environment({"model": EMBEDDED_MODEL}),
+        **environment,
+        **options.environment(),
+    }
+    gateway = load_settings(GatewaySettings, chosen)
+    scheduler = load_settings(SchedulerSettings, chosen)
+    worker = load_settings(UnetWorkerSettings, chosen)
+    load_settings(VaeWorkerSettings, chosen)
     try:
         check_model_folder(worker.model)
     except ConfigurationError as error:
@@ -165,7 +171,7 @@ def prepare_stack(options: StackOptions) -> Stack:
         policy=scheduler.policy,
         unet_workers=tuple(f"unet-{i}" for i in range(options.unet_workers)),
         vae_workers=tuple(f"vae-{i}" for i in range(options.vae_workers)),
-        environment=dict(os.environ) | {"SYNERDIFF_PORT": str(port)},
+        environment={**chosen, **to_environment({"port": port})},
     )
 
 
@@ -190,7 +196,7 @@ def _check_shared_memory(worker: UnetWorkerSettings, num_workers: int) -> None:
 
 
 def reserve_port(host: str, port: int) -> int:
-    """The port to listen on: `port` if it is free, any free one for 0.
+    """Return the port to listen on: `port` if it is free, any free one for 0.
 
     Raises:
         ConfigurationError: It is taken, or the host is none of this machine's.
@@ -219,7 +225,7 @@ def redis_service(
     memory_bytes: int,
     lock_descriptor: int,
 ) -> Service:
-    """The embedded server. It holds the folder's lock as long as it lives."""
+    """Return the embedded server, which holds the folder's lock as long as it lives."""
     return Service(
         name="redis",
         command=redis_command(
@@ -237,16 +243,9 @@ def redis_service(
     )
 
 
-def limit_image_budget(memory_bytes: int) -> None:
-    """Keep stored images within half of the embedded server's memory, unless told otherwise."""
-    budget_mb = choose_maxmemory_bytes(memory_bytes) // 2 // _MIB
-    default_mb = ServiceSettings.model_fields["image_budget_mb"].default
-    os.environ.setdefault("SYNERDIFF_IMAGE_BUDGET_MB", str(min(budget_mb, default_mb)))
-
-
 def _worker(name: str, kind: str, environment: Mapping[str, str]) -> Service:
-    """A compute process."""
-    own = {"SYNERDIFF_WORKER_ID": name, **WORKER_ENVIRONMENT}
+    """Return a worker, which computes."""
+    own = {**to_environment({"worker_id": name}), **WORKER_ENVIRONMENT}
     return Service(
         name=name,
         command=_command(f"{kind}_worker"),
@@ -256,7 +255,7 @@ def _worker(name: str, kind: str, environment: Mapping[str, str]) -> Service:
 
 
 def _service(name: str, environment: Mapping[str, str]) -> Service:
-    """One that does not compute."""
+    """Return a service that does not compute."""
     return Service(
         name=name,
         command=_command(name),
@@ -267,5 +266,6 @@ def _service(name: str, environment: Mapping[str, str]) -> Service:
 
 
 def _command(package: str) -> tuple[str, ...]:
-    """-P: the folder in which `up` was called must not hide our packages."""
+    """Return how to start a service's package."""
+    # -P: the folder in which `up` was called must not hide our packages.
     return (sys.executable, "-P", "-m", f"services.{package}")

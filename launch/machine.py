@@ -13,7 +13,7 @@ _MEMORY_LIMIT_FILES: Final = ("memory.max", "memory/memory.limit_in_bytes")
 
 
 def memory_bytes(cgroup: Path = _CGROUP) -> int:
-    """Memory this process may use: the machine's, cut to the cgroup's limit."""
+    """Return the memory this process may use: the machine's, cut to the cgroup's limit."""
     total = int(psutil.virtual_memory().total)
     for name in _MEMORY_LIMIT_FILES:
         try:
@@ -25,7 +25,7 @@ def memory_bytes(cgroup: Path = _CGROUP) -> int:
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """The CPU's features as the kernel names them; empty where it does not say."""
+    """Return the CPU's features as the kernel names them; empty where it does not say."""
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
@@ -38,7 +38,7 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 
 def shm_bytes(folder: Path = Path("/dev/shm")) -> tuple[int, int] | None:  # noqa: S108 (only asked)
-    """Size and free bytes of the shared-memory file system, None where there is none."""
+    """Return size and free bytes of the shared-memory file system, None if there is none."""
     try:
         status = os.statvfs(folder)
     except OSError:
@@ -47,5 +47,5 @@ def shm_bytes(folder: Path = Path("/dev/shm")) -> tuple[int, int] | None:  # noq
 
 
 def has_fast_bfloat16(flags: frozenset[str]) -> bool:
-    """Whether a CPU multiplies bfloat16 itself; on others it is slower than float32."""
+    """Return whether a CPU multiplies bfloat16 itself; on others it is slower than float32."""
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)

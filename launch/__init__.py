@@ -1,0 +1,1 @@
+"""How a stack is put together, started, supervised and asked for pictures."""
