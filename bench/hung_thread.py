@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Final
 
 from shared.errors import SynerDiffError
@@ -22,6 +21,8 @@ from shared.errors import SynerDiffError
 _SEIZE: Final = 0x4206
 _INTERRUPT: Final = 0x4207
 _WAIT_ALL: Final = 0x40000000
+
+_STOPPED: Final = "stopped"
 
 
 class NotStoppedError(SynerDiffError):
@@ -41,20 +42,17 @@ def stopped_thread(pid: int) -> Iterator[int]:
     """
     thread = busiest_thread(pid)
     # Whoever traces a thread has to live as long as it should stand still.
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    tracer = context.Process(target=_hold, args=(thread, theirs), daemon=True)
-    tracer.start()
-    theirs.close()
-    try:
-        refusal = ours.recv()
-        if refusal:
-            raise NotStoppedError(f"can't stop thread {thread} of process {pid}: {refusal}")
-        yield thread
-    finally:
-        ours.close()
-        tracer.join(10)
-        tracer.kill()
+    command = (sys.executable, "-P", "-m", "bench.hung_thread", str(thread))
+    with Popen(command, stdin=PIPE, stdout=PIPE, text=True) as tracer:  # noqa: S603 (ours)
+        assert tracer.stdin
+        assert tracer.stdout
+        try:
+            answer = tracer.stdout.readline().strip()
+            if answer != _STOPPED:
+                raise NotStoppedError(f"can't stop thread {thread} of process {pid}: {answer}")
+            yield thread
+        finally:
+            tracer.stdin.close()
 
 
 def busiest_thread(pid: int) -> int:
@@ -69,16 +67,19 @@ def _ticks(pid: int, thread: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-def _hold(thread: int, pipe: Connection) -> None:
-    """Stop a thread until the other end of the pipe is closed; in a process of its own."""
+def _hold(thread: int) -> None:
+    """Stop a thread until the standard input ends; for a process of its own."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
     libc.ptrace.restype = ctypes.c_long
     if libc.ptrace(_SEIZE, thread, None, None) < 0:
-        pipe.send(os.strerror(ctypes.get_errno()))
-        sys.exit(1)
+        print(os.strerror(ctypes.get_errno()), flush=True)
+        return
     libc.ptrace(_INTERRUPT, thread, None, None)
     os.waitpid(thread, _WAIT_ALL)
-    pipe.send("")
-    with contextlib.suppress(EOFError, OSError):
-        pipe.recv()
+    print(_STOPPED, flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    _hold(int(sys.argv[1]))

@@ -248,8 +248,8 @@ class VaeWorkerSettings(WorkerSettings):
     """The largest part of a picture's rows that is decoded at once, whatever the profile says.
     Large pictures need strips where memory is short."""
     max_decodes: int = Field(0, ge=0)
-    """Side by side, each with feature maps of its own; 0 means one for each CPU thread, up to four,
-    and one on a GPU."""
+    """How many decodes run side by side, each with feature maps of its own; 0 means one for each
+    CPU thread, up to four, and one on a GPU."""
 
 
 SERVICE_SETTINGS: tuple[type[ServiceSettings], ...] = (
