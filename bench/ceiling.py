@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
-from services.scheduler.profile import Profile
+from services.scheduler.devices.profile import Profile
 
 Activity = tuple[float, float, float]
 """Rows done, decodes done, in so many ms."""

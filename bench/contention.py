@@ -11,7 +11,7 @@ import typer
 from bench.report import spread, write_report
 from bench.side_by_side import Chunks, Forward, Pair, running_pair
 from launch.stack import EMBEDDED_MODEL
-from services.scheduler.measurements import thread_splits
+from services.scheduler.devices.measurements import thread_splits
 from shared.settings import available_threads
 
 NUM_CHUNKS = 4

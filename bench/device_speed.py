@@ -8,7 +8,7 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from services.scheduler.profile import Profile
+from services.scheduler.devices.profile import Profile
 
 FEW_ROWS: Final = 4
 """A slot that small stands for those bound by calls and threads that wait for each other; they

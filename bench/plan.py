@@ -18,11 +18,11 @@ from typing import Any
 from bench.plan_problems import agrees, brute_force, random_problem
 from bench.report import percentile, spread, write_report
 from bench.scheduler_load import EchoGroup, make_view
-from services.scheduler.commands import Send
-from services.scheduler.core import Core, CoreSettings
-from services.scheduler.planner import greedy, solve, total_cost
-from services.scheduler.policies import make_policy
-from services.scheduler.profile_file import parse_profile
+from services.scheduler.core.commands import Send
+from services.scheduler.core.core import Core, CoreSettings
+from services.scheduler.devices.profile_file import parse_profile
+from services.scheduler.planning.planner import greedy, solve, total_cost
+from services.scheduler.planning.policies import make_policy
 from shared import codec
 from shared.messages import DenoiseSlot
 from shared.settings import SHIPPED_PROFILES

@@ -6,7 +6,7 @@ import random
 from itertools import product
 from math import inf
 
-from services.scheduler.planner import EPSILON, Model, Option, Problem
+from services.scheduler.planning.model import EPSILON, Model, Option, Problem
 
 
 def brute_force(problem: Problem) -> float:

@@ -25,8 +25,8 @@ from bench.real_stack import real_stack
 from bench.report import REPORTS, machine, write_report
 from bench.simulated_stack import SimulatedStack
 from launch.stack import COMPILED_KERNELS, WORKER_ENVIRONMENT
-from services.scheduler.profile import Profile
-from services.scheduler.profile_file import parse_profile
+from services.scheduler.devices.profile import Profile
+from services.scheduler.devices.profile_file import parse_profile
 
 AS_MOST_PEOPLE_DO: Final = COMPILED_KERNELS | {"SYNERDIFF_SPLIT_ROWS": "false"}
 """The workers' environment with default threads: all of them share each operation."""

@@ -12,7 +12,7 @@ from bench.device_speed import TimesSlots, device_slowdown
 from bench.policies_cells import Cell, Plan, Samples, throughput
 from bench.real_stack import Served, throughput_per_s
 from bench.report import percentile
-from services.scheduler.profile import Profile
+from services.scheduler.devices.profile import Profile
 from services.scheduler.simulation.arrivals import Arrival, make_arrivals
 
 LOADS: Final = tuple(1.07**-power for power in range(30))

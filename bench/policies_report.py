@@ -11,7 +11,7 @@ from bench.ceiling import ceiling_s
 from bench.contenders import EQUAL_SKIP, NAIVE, SYNERDIFF, TUNED, Contender
 from bench.policies_cells import Plan, Samples, best_of, next_cells, throughput, throughputs
 from bench.report import spread
-from services.scheduler.profile import Profile
+from services.scheduler.devices.profile import Profile
 
 
 def summarise(plan: Plan, samples: Samples, profile: Profile) -> dict[str, Any]:

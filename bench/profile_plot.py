@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
-from services.scheduler.profile import Profile
+from services.scheduler.devices.profile import Profile
 
 
 def plot_profile(profile: Profile, key: str, path: Path) -> None:

@@ -16,13 +16,13 @@ from bench.report import machine
 from bench.side_by_side import Chunks, Forward, Pair, running_pair
 from bench.skip_levels import measure_skip_levels
 from launch.stack import EMBEDDED_MODEL
-from services.scheduler.measurements import (
+from services.scheduler.devices.measurements import (
     ALONE_ROWS,
     BESIDE_CHUNKS,
     BESIDE_ROWS,
     thread_splits,
 )
-from services.scheduler.profile import (
+from services.scheduler.devices.profile import (
     ASSUMED_SKIP_LEVELS,
     DecodeTiming,
     Profile,
@@ -31,7 +31,7 @@ from services.scheduler.profile import (
     SlotTiming,
     make_key,
 )
-from services.scheduler.profile_file import format_profile
+from services.scheduler.devices.profile_file import format_profile
 from shared.device import choose_device, choose_dtype
 from shared.profile_files import ChunkGranularity
 from shared.settings import available_threads

@@ -12,10 +12,11 @@ import contextlib
 import math
 import random
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -139,8 +140,8 @@ class RealStack:
             GatewayError: It did not come up.
         """
         self._end("scheduler")
-        environment = {**self._scheduler.environment, "SYNERDIFF_POLICY": policy}
-        self._launch(self._scheduler, environment)
+        command = (sys.executable, "-m", "bench.scheduler", policy)
+        self._launch(replace(self._scheduler, command=command), self._scheduler.environment)
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._is_serving():
             dead = [name for name, process in self._processes.items() if process.poll() is not None]

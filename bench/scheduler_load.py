@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 
-from services.scheduler.policy import Decode, GroupView
-from services.scheduler.profile import Profile
+from services.scheduler.core.state import Request, SlotInFlight, Stage, UnetWorker
+from services.scheduler.devices.profile import Profile
+from services.scheduler.planning.policy import Decode, DeviceView
+from services.scheduler.planning.threshold import Threshold
 from services.scheduler.simulation.worker_info import unet_info, vae_info
-from services.scheduler.state import Request, SlotInFlight, Stage, UnetWorker
-from services.scheduler.threshold import Threshold
 from shared import messages
 
 MAX_REQUESTS = 2_048
@@ -47,7 +47,7 @@ def make_request(
 
 def make_view(
     chance: random.Random, profile: Profile, num_active: int, num_decodes: int
-) -> GroupView:
+) -> DeviceView:
     """A device in full swing: a slot runs, every request is at some step, decodes at some chunk."""
     info = unet_info(profile, group="g")
     unet = UnetWorker(
@@ -92,7 +92,13 @@ def make_view(
             num_rows=profile.knee(size),
         )
     )
-    return GroupView(unet=unet, requests=requests, decodes=decodes, num_waiting=8.0, now=100.0)
+    return DeviceView(
+        unet=unet,
+        requests=requests,
+        decodes=decodes,
+        waiting={requests[0].batch_key: 8.0},
+        now=100.0,
+    )
 
 
 class EchoGroup:

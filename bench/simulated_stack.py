@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bench.contenders import make_policy
 from bench.real_stack import Served
-from services.scheduler.policies import make_policy
-from services.scheduler.policy import Policy
-from services.scheduler.profile import Profile, SlotKind
+from services.scheduler.devices.profile import Profile, SlotKind
+from services.scheduler.planning.policy import Policy
 from services.scheduler.simulation.arrivals import Arrival
 from services.scheduler.simulation.simulator import Simulation, SimulationSettings
 

@@ -10,13 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
+from bench.contenders import make_policy
 from bench.device_speed import slowdowns_by_rows, slowed_down
 from bench.profiler import profile as measure_profile
 from bench.real_stack import RealStack, real_stack, throughput_per_s
 from bench.report import write_report
-from services.scheduler.policies import make_policy
-from services.scheduler.profile import Profile
-from services.scheduler.profile_file import parse_profile
+from services.scheduler.devices.profile import Profile
+from services.scheduler.devices.profile_file import parse_profile
 from services.scheduler.simulation.arrivals import Arrival, Mix, make_arrivals
 from services.scheduler.simulation.simulator import Simulation, SimulationSettings
 

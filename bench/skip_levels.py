@@ -13,7 +13,7 @@ import torch
 from bench.drawing import Case, Drawing, Studio
 from bench.picture_metrics import psnr_db
 from bench.report import percentile
-from services.scheduler.profile import SkipLevel
+from services.scheduler.devices.profile import SkipLevel
 from services.unet_worker.families.loading import load_family
 from services.vae_worker.model import load_decoder
 from shared.device import DtypeName

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from cli.lazy_command import load_function
-from services.scheduler.policies import POLICY_NAMES, PolicyOptions, make_policy
-from services.scheduler.profile import Profile
-from services.scheduler.profile_file import parse_profile
+from services.scheduler.devices.profile import Profile
+from services.scheduler.devices.profile_file import parse_profile
+from services.scheduler.planning.policies import POLICY_NAMES, PolicyOptions, make_policy
+from services.scheduler.planning.threshold import ThresholdRule
 from services.scheduler.simulation.arrivals import (
     PATTERNS,
     Arrival,
@@ -23,7 +24,6 @@ from services.scheduler.simulation.arrivals import (
 )
 from services.scheduler.simulation.log import SimulationLog
 from services.scheduler.simulation.simulator import Simulation, SimulationSettings
-from services.scheduler.threshold import ThresholdRule
 from shared.errors import ConfigurationError
 from shared.settings import SHIPPED_PROFILES
 

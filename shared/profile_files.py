@@ -1,6 +1,6 @@
 """Where profiles lie, and how their model's decodes are to be cut: what a worker takes from one.
 
-The rest of a profile is the scheduler's (`services.scheduler.profile_file`).
+The rest of a profile is the scheduler's (`services.scheduler.devices.profile_file`).
 """
 
 from __future__ import annotations

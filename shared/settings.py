@@ -17,22 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 from shared.errors import ConfigurationError
 from shared.records import Retention
 
-PolicyName = Literal[
-    "static",
-    "dynamic",
-    "continuous-serial",
-    "continuous-parallel",
-    "static-with-skip",
-    "dynamic-with-skip",
-    "continuous-serial-with-skip",
-    "continuous-parallel-with-skip",
-    "continuous-parallel-naive",
-    "synerdiff",
-    "synerdiff-without-chunking",
-    "synerdiff-without-skip",
-    "synerdiff-without-planning",
-    "synerdiff-without-feedback",
-]
+PolicyName = Literal["synerdiff", "continuous-parallel"]
 
 _MAX_WAIT_S = 60.0
 _WAIT_FRACTION = 0.5
@@ -147,8 +132,8 @@ class SchedulerSettings(ServiceSettings):
     """How the scheduler plans, and when it gives up."""
 
     policy: PolicyName = "synerdiff"
-    """How slots are filled and decodes are placed. Guidance is skipped by `synerdiff` and those
-    named `with-skip`."""
+    """How slots are filled and decodes are placed. Only `synerdiff`
+    skips guidance."""
     threshold_first: float = Field(0.8, gt=0, le=1)
     """The share of the UNet's speed that decodes leave it, at first."""
     threshold_min: float = Field(0.2, gt=0, le=1)

@@ -11,7 +11,7 @@ from image_parameters import PARAMETERS
 from redis.asyncio import Redis
 
 from bench.scheduler_load import EchoGroup
-from services.scheduler.profile_file import parse_profile
+from services.scheduler.devices.profile_file import parse_profile
 from shared.messages import GenerateImage, ImageDecoded, WorkerInfo
 from shared.records import Commit, JobRecord, Outcome, Records, RequestRecord, Retention
 from shared.settings import SHIPPED_PROFILES, SchedulerSettings, WorkerSettings

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field, replace
 
-from services.scheduler.commands import (
+from bench.contenders import make_policy
+from services.scheduler.core.commands import (
     BeginAttempt,
     Command,
     FailRequest,
@@ -17,13 +18,13 @@ from services.scheduler.commands import (
     ParkEvent,
     Send,
 )
-from services.scheduler.core import Core, CoreSettings
-from services.scheduler.events import AttemptRefused, Event, RequestRecovered, Tick
-from services.scheduler.liveness import Patience
-from services.scheduler.policies import PolicyOptions, make_policy
-from services.scheduler.policy import GroupView, Plan, Policy
-from services.scheduler.profile import Profile
-from services.scheduler.threshold import Threshold
+from services.scheduler.core.core import Core, CoreSettings
+from services.scheduler.core.events import AttemptRefused, Event, RequestRecovered, Tick
+from services.scheduler.core.liveness import Patience
+from services.scheduler.devices.profile import Profile
+from services.scheduler.planning.policies import PolicyOptions
+from services.scheduler.planning.policy import DeviceView, Plan, Policy
+from services.scheduler.planning.threshold import Threshold
 from shared import messages
 
 MODEL = messages.ModelInfo(
@@ -127,10 +128,10 @@ class TouchyPolicy:
     def first_threshold(self) -> Threshold:
         return self.policy.first_threshold()
 
-    def adjust(self, view: GroupView) -> Threshold:
+    def adjust(self, view: DeviceView) -> Threshold:
         return self.policy.adjust(view)
 
-    def plan(self, view: GroupView) -> Plan:
+    def plan(self, view: DeviceView) -> Plan:
         members = [*view.requests, *(decode.request for decode in view.decodes)]
         if any(one.request.parameters.prompt.startswith(POISON) for one in members):
             raise ArithmeticError("poison")

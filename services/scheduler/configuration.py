@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from services.scheduler.policies import PolicyOptions
-from services.scheduler.profile import Profile
-from services.scheduler.profile_file import parse_profile
-from services.scheduler.threshold import ThresholdRule
+from services.scheduler.devices.profile import Profile
+from services.scheduler.devices.profile_file import parse_profile
+from services.scheduler.planning.policies import PolicyOptions
+from services.scheduler.planning.threshold import ThresholdRule
 from shared.errors import ConfigurationError
 from shared.profile_files import profile_paths
 from shared.settings import SchedulerSettings
 
 
 def policy_options(settings: SchedulerSettings) -> PolicyOptions:
-    """What the settings tune.
+    """Return what the settings tune.
 
     Raises:
         ConfigurationError: The threshold begins below its least value.
@@ -32,7 +32,7 @@ def policy_options(settings: SchedulerSettings) -> PolicyOptions:
 
 
 def load_profiles(path: Path) -> tuple[Profile, ...]:
-    """The profiles in a file, or in every JSON file of a folder; none where there is neither.
+    """Return the profiles of a file, or of every JSON file of a folder; there may be none.
 
     Raises:
         ConfigurationError: A file is no profile.

@@ -8,8 +8,8 @@ import pytest
 from echo_workers import SETTINGS, echo_workers, request, submit, until_final
 from redis.asyncio import Redis
 
-from services.scheduler.registrations import Registrations
 from services.scheduler.service import SchedulerService
+from services.scheduler.shell.registrations import Registrations
 from shared import keys
 from shared.errors import EpochEndedError
 from shared.messages import BeginEpoch, CommitRefused, ImageDecoded
@@ -110,7 +110,7 @@ async def test_a_request_that_is_final_already_is_given_up(redis: Redis) -> None
     try:
         await submit(redis, request("a"))
         async with asyncio.timeout(10):
-            while "a" not in getattr(service, "_core", service).__dict__.get("requests", {}):  # noqa: ASYNC110
+            while not hasattr(service, "_core") or "a" not in service._core.requests:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         await redis.hset(keys.request("a"), "state", "cancelled")
         async with echo_workers(redis), asyncio.timeout(10):

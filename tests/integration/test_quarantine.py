@@ -51,6 +51,7 @@ async def test_the_scheduler_outlives(redis: Redis, name: str, when: str) -> Non
 
 
 async def test_what_is_parked_is_counted_and_shown(redis: Redis) -> None:
+    metrics.DEAD_LETTERS_BYTES.set(0)
     before = metrics.DEAD_LETTERS.labels(stream=keys.REQUESTS)._value.get()
     failed = metrics.REQUESTS_FINISHED.labels(state="failed")
     failed_before = failed._value.get()
@@ -62,7 +63,9 @@ async def test_what_is_parked_is_counted_and_shown(redis: Redis) -> None:
             await until_final(redis, "first")
             await POISONS.failing["a negative width"](redis)
             await goes_on(redis, scheduler)
-            await asyncio.sleep(1.0)  # the next look
+            async with asyncio.timeout(10):
+                while metrics.DEAD_LETTERS_BYTES._value.get() == 0:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
     finally:
         service.stop()
         await scheduler

@@ -19,8 +19,8 @@ from services.gateway.admission import (
     wait_s,
 )
 from services.gateway.order import ImageOrder
-from services.scheduler.policies import make_policy
-from services.scheduler.profile_file import parse_profile
+from services.scheduler.devices.profile_file import parse_profile
+from services.scheduler.planning.policies import make_policy
 from services.scheduler.simulation.arrivals import Mix, make_arrivals
 from services.scheduler.simulation.log import SimulationLog
 from services.scheduler.simulation.simulator import Simulation, SimulationSettings

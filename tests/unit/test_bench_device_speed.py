@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench.device_speed import device_slowdown, slowdowns_by_rows, slowed_down
-from services.scheduler.profile import DecodeTiming, Profile, SlotKind, SlotTiming
+from services.scheduler.devices.profile import DecodeTiming, Profile, SlotKind, SlotTiming
 
 PROFILE = Profile(
     model_id="tiny",

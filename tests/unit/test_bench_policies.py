@@ -8,7 +8,7 @@ from bench.ceiling import ceiling_s
 from bench.contenders import NAIVE, SYNERDIFF, TUNED
 from bench.policies_cells import Plan, best_of, next_cells
 from bench.policies_report import summarise
-from services.scheduler.profile import DecodeTiming, Profile, SlotKind, SlotTiming
+from services.scheduler.devices.profile import DecodeTiming, Profile, SlotKind, SlotTiming
 
 
 def a_profile(*, beside_ms: float) -> Profile:

@@ -8,15 +8,16 @@ from itertools import pairwise
 import pytest
 from scheduler_world import World, make_request, make_worker
 
-from services.scheduler.calibration import MAX_HOLD_S, MAX_UNANSWERED, PAUSE_S
-from services.scheduler.commands import KeepProfile, Send
-from services.scheduler.measurements import (
+from services.scheduler.core.calibration import MAX_HOLD_S, MAX_UNANSWERED, PAUSE_S
+from services.scheduler.core.commands import KeepProfile, Send
+from services.scheduler.devices.choice import matching_profile, profile_in_short
+from services.scheduler.devices.measurements import (
     MAX_TOTAL_MS,
     Measured,
     complete_profile,
     list_measurements,
 )
-from services.scheduler.profile import Profile, SlotKind, matching_profile, profile_in_short
+from services.scheduler.devices.profile import Profile, SlotKind
 from shared import messages
 
 UNET = make_worker("unet", "u", "u-1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from scheduler_world import World, make_request
 
-from services.scheduler.capacity import Capacity
+from services.scheduler.core.capacity import Capacity
 
 
 def a_world() -> World:

@@ -241,12 +241,12 @@ def test_a_bad_setting_is_named_with_what_it_should_be() -> None:
 
 
 def test_options_win_over_the_environment_which_they_leave_as_it_is(tmp_path: Path) -> None:
-    environment = {"SYNERDIFF_POLICY": "static", "SYNERDIFF_LOG_LEVEL": "error"}
+    environment = {"SYNERDIFF_POLICY": "synerdiff", "SYNERDIFF_LOG_LEVEL": "error"}
     before = dict(environment), dict(os.environ)
-    stack = prepare_stack(StackOptions(port=0, policy="dynamic"), environment)
+    stack = prepare_stack(StackOptions(port=0, policy="continuous-parallel"), environment)
     assert before == (environment, dict(os.environ))
     for service in stack.services("redis://there", tmp_path):
-        assert service.environment["SYNERDIFF_POLICY"] == "dynamic"
+        assert service.environment["SYNERDIFF_POLICY"] == "continuous-parallel"
         assert service.environment["SYNERDIFF_LOG_LEVEL"] == "error"
         assert service.environment["SYNERDIFF_REDIS_URL"] == "redis://there"
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from services.scheduler.policies import make_policy
-from services.scheduler.profile_file import parse_profile
+from services.scheduler.devices.profile_file import parse_profile
+from services.scheduler.planning.policies import make_policy
 from services.scheduler.simulation.arrivals import Mix, make_arrivals
 from services.scheduler.simulation.simulator import Simulation, SimulationSettings
 from shared.settings import SHIPPED_PROFILES

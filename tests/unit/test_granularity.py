@@ -10,8 +10,8 @@ import torch
 from scheduler_world import make_worker
 
 from bench.profiler import choose_strip_fraction
-from services.scheduler.profile import profile_in_short
-from services.scheduler.profile_file import format_profile
+from services.scheduler.devices.choice import profile_in_short
+from services.scheduler.devices.profile_file import format_profile
 from services.vae_worker.decoding import Granularity
 from services.vae_worker.granularity import choose_granularity
 from services.vae_worker.model import Decoder

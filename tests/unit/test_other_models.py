@@ -9,8 +9,8 @@ import pytest
 from redis.asyncio import Redis
 from scheduler_world import World, make_worker
 
-from services.scheduler.commands import Send
-from services.scheduler.fleet import other_model
+from services.scheduler.core.commands import Send
+from services.scheduler.core.fleet import other_model
 from shared.errors import ConfigurationError
 from shared.messages import RefuseWorker, WorkerInfo, WorkerRegistered
 from shared.settings import WorkerSettings

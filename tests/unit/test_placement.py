@@ -1,4 +1,4 @@
-"""Which VAE worker gets latents, and how they reach it."""
+"""Which UNet worker admits a request, which VAE worker gets latents, and how they reach it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from scheduler_world import make_request, make_worker
 
-from services.scheduler.placement import choose_vae, transport_of
-from services.scheduler.profile import profile_in_short
-from services.scheduler.state import Request, Stage, UnetWorker, VaeWorker
-from services.scheduler.threshold import Threshold
+from services.scheduler.core.placement import choose_unet, choose_vae, loads, transport_of
+from services.scheduler.core.state import Request, Stage, UnetWorker, VaeWorker
+from services.scheduler.devices.choice import profile_in_short
+from services.scheduler.planning.threshold import Threshold
 from shared.messages import LatentsFinished, TensorHandle
 
 NO_GROUPS: frozenset[str] = frozenset()
@@ -75,3 +75,57 @@ def test_latents_without_a_copy_go_only_where_they_can_be_opened(
 
 def test_latents_that_nobody_can_open_go_to_somebody_who_will_say_so() -> None:
     assert choose_vae(finished(), vaes(far="there"), unets(), NO_GROUPS) == "far"
+
+
+def unets_alike(**rows_ms: float) -> dict[str, UnetWorker]:
+    """Workers that take so long for each row."""
+    found = {}
+    for name, row_ms in rows_ms.items():
+        step_ms = {rows: rows * row_ms for rows in (1, 2, 4)}
+        info = replace(make_worker("unet", name, name), step_ms=step_ms)
+        profile = profile_in_short(info, ())
+        found[name] = UnetWorker(info=info, profile=profile, threshold=Threshold(value=1.0))
+    return found
+
+
+def resident(name: str, unet: str, steps: int) -> Request:
+    return Request(
+        request=make_request(name, steps=steps),
+        stage=Stage.DENOISING,
+        unet=unet,
+        num_forwards=steps,
+    )
+
+
+def chosen(found: dict[str, UnetWorker], *residents: Request, factor: int = 2) -> str | None:
+    waiting = Request(request=make_request("waiting", steps=10), stage=Stage.WAITING)
+    return choose_unet(waiting, found, loads(residents, found), factor=factor)
+
+
+def test_a_request_goes_where_it_is_predicted_to_finish_first() -> None:
+    found = unets_alike(slow=10.0, fast=6.0)
+    assert chosen(found) == "fast"
+    assert chosen(found, resident("short", "fast", 3)) == "fast"
+    assert chosen(found, resident("long", "fast", 20)) == "slow"
+
+
+def test_a_worker_that_holds_enough_gets_no_more() -> None:
+    found = unets_alike(slow=100.0, fast=1.0)
+    held = [resident(f"r{i}", "fast", 1) for i in range(2)]
+    assert chosen(found, *held, factor=2) == "slow"
+    assert chosen(found, *held, factor=3) == "fast"
+    both = [*held, *(resident(f"s{i}", "slow", 1) for i in range(2))]
+    assert chosen(found, *both, factor=2) is None
+
+
+@pytest.mark.parametrize("flaw", ["is_draining", "is_suspect"])
+def test_a_worker_that_leaves_or_hangs_gets_nothing(flaw: str) -> None:
+    found = unets_alike(slow=10.0, fast=1.0)
+    setattr(found["fast"], flaw, True)
+    assert chosen(found) == "slow"
+
+
+def test_a_worker_of_another_model_gets_nothing() -> None:
+    found = unets_alike(slow=10.0, fast=1.0)
+    found["fast"].info = replace(found["fast"].info, model_id="another")
+    assert chosen(found) == "slow"

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from bench.plan_problems import agrees, brute_force, random_problem
-from services.scheduler.planner import Option, Problem, greedy, solve, total_cost
+from services.scheduler.planning.model import Option, Problem
+from services.scheduler.planning.planner import greedy, solve, total_cost
 
 
 def test_a_plan_costs_what_brute_force_finds() -> None:

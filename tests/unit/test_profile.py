@@ -7,17 +7,11 @@ from dataclasses import replace
 import pytest
 from scheduler_world import make_worker
 
-from services.scheduler.drift import ALONE, MAX_RATIO, WEIGHT, Drift
-from services.scheduler.durations import Durations
-from services.scheduler.profile import (
-    DecodeTiming,
-    Profile,
-    SlotKind,
-    SlotTiming,
-    matching_profile,
-    profile_in_short,
-)
-from services.scheduler.profile_file import format_profile, parse_profile
+from services.scheduler.devices.choice import matching_profile, profile_in_short
+from services.scheduler.devices.drift import ALONE, MAX_RATIO, WEIGHT, Drift
+from services.scheduler.devices.durations import Durations
+from services.scheduler.devices.profile import DecodeTiming, Profile, SlotKind, SlotTiming
+from services.scheduler.devices.profile_file import format_profile, parse_profile
 from shared.errors import ConfigurationError
 from shared.messages import SlotShape
 from shared.profile_files import ChunkGranularity
@@ -111,7 +105,7 @@ def in_parts() -> Durations:
 
 
 def test_a_slot_of_parts_alike_waits_for_chunks_with_one_of_them(in_parts: Durations) -> None:
-    alone = in_parts.open_to_latecomers("64x64", 8)
+    alone = in_parts.alone_with_room("64x64", 8)
     assert (alone.ms, alone.shape) == (18.0, shape(0.5))
     assert in_parts.beside("64x64", 8, 1, 1.0, shape=alone.shape).ms == pytest.approx(18 + 8)
     # Once the others are done it has their place, beside the chunks.
@@ -121,15 +115,15 @@ def test_a_slot_of_parts_alike_waits_for_chunks_with_one_of_them(in_parts: Durat
 def test_room_for_latecomers_leaves_as_many_threads_as_few_chunks_need(
     in_parts: Durations,
 ) -> None:
-    [*alone, beside] = in_parts._profile.slots
+    [*alone, beside] = in_parts.profile.slots
     threads = (4, 3, 2)
     slots = [replace(alone[0], kind=SlotKind(unet_threads=n)) for n in threads]
     slots += [
         replace(beside, kind=SlotKind(unet_threads=4 - n, vae_threads=n, chunks=2)) for n in (1, 2)
     ]
     slots[-1] = replace(slots[-1], step_ms={n: 9.0 * ms for n, ms in beside.step_ms.items()})
-    durations = Durations(replace(in_parts._profile, threads=4, slots=tuple(slots)))
-    found = durations.open_to_latecomers("64x64", 16)
+    durations = Durations(replace(in_parts.profile, threads=4, slots=tuple(slots)))
+    found = durations.alone_with_room("64x64", 16)
     assert found.shape == SlotShape(threads_beside=3, waiting_share=0.25)
 
 
@@ -155,7 +149,19 @@ def test_a_profile_survives_its_file() -> None:
     assert parse_profile(format_profile(without)) == without
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "synerdiff-profile", "version": 2}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": "synerdiff-profile", "version": 2}',
+        format_profile(PROFILE).replace('"version": 2', '"version": 1'),
+        format_profile(PROFILE).replace('"threads": 2', '"threads": "two"'),
+        format_profile(PROFILE).replace('"unet_threads"', '"threads_of_the_unet"'),
+        format_profile(PROFILE).replace('"step_ms": {', '"step_ms": {"one": 1.0, '),
+    ],
+)
 def test_a_file_that_is_no_profile_is_refused_by_name(text: str) -> None:
     with pytest.raises(ConfigurationError, match=r"here\.json"):
         parse_profile(text, name="here.json")

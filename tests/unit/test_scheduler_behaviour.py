@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
+from collections import Counter
 
 import pytest
 from scheduler_world import World, make_request
 
-from services.scheduler.state import Stage
+from services.scheduler.core.state import Stage
 from shared import messages
 
 
@@ -55,21 +55,23 @@ def test_slots_are_filled_to_the_knee_oldest_first(world: World) -> None:
     assert [row.request_id for row in slot.rows] == [f"r{n}" for n in range(knee // 2)]
 
 
-def test_sizes_take_turns(world: World) -> None:
+def test_sizes_share_the_device_by_time_not_by_slots(world: World) -> None:
     for number in range(2):
-        world.submit(make_request(f"small{number}", steps=9))
-        world.submit(make_request(f"large{number}", steps=9, side=128))
+        world.submit(make_request(f"small{number}", steps=60))
+        world.submit(make_request(f"large{number}", steps=60, side=128))
     world.settle()
-    unet = only_unet(world)
-    kinds = []
-    for _ in range(10):
-        rows = world.unets[unet].slots[0].rows
-        kinds.append({row.request_id[:5] for row in rows})
-        world.run_slot(unet)
+    name = only_unet(world)
+    durations = world.core.unets[name].durations
+    served_ms: Counter[str] = Counter()
+    for _ in range(50):
+        rows = world.unets[name].slots[0].rows
+        (size,) = {row.request_id[:5] for row in rows}
+        key = world.core.requests[rows[0].request_id].batch_key
+        served_ms[size] += durations.alone(key.size, 2 * len(rows)).ms
+        world.run_slot(name)
         world.settle()
-    assert all(len(kind) == 1 for kind in kinds)
-    # The first two were sent before the others had come.
-    assert all(first != second for first, second in itertools.pairwise(kinds[1:]))
+    largest_ms = durations.alone("128x128", 4).ms
+    assert abs(served_ms["small"] - served_ms["large"]) <= largest_ms
 
 
 def test_a_serial_policy_never_runs_a_slot_beside_a_decode() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from scheduler_world import World, make_request
 
-from services.scheduler.state import Stage
+from services.scheduler.core.state import Stage
 from shared import messages
 
 

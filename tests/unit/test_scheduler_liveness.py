@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 import pytest
 from scheduler_world import World, make_request
 
-from services.scheduler.events import AttemptRefused
-from services.scheduler.state import Stage
+from services.scheduler.core.events import AttemptRefused
+from services.scheduler.core.state import Stage
 from shared import messages
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 from scheduler_world import POISON, World, make_request, make_worker
 
-from services.scheduler.events import Event, RequestRecovered
+from services.scheduler.core.events import Event, RequestRecovered
 from shared import messages
 
 

@@ -8,14 +8,11 @@ from typing import Any
 import pytest
 from scheduler_world import World, make_request
 
-from services.scheduler.policies import POLICY_NAMES, PolicyOptions, make_policy
-from services.scheduler.profile import (
-    DecodeTiming,
-    Profile,
-    SlotKind,
-    SlotTiming,
-    profile_in_short,
-)
+from bench.contenders import POLICIES, make_policy
+from services.scheduler.devices.choice import profile_in_short
+from services.scheduler.devices.profile import DecodeTiming, Profile, SlotKind, SlotTiming
+from services.scheduler.planning.policies import PolicyOptions
+from services.scheduler.planning.threshold import Stretches, Threshold, ThresholdRule
 from services.scheduler.simulation.arrivals import (
     Arrival,
     Mix,
@@ -25,7 +22,6 @@ from services.scheduler.simulation.arrivals import (
 )
 from services.scheduler.simulation.simulator import Simulation, SimulationSettings
 from services.scheduler.simulation.unet import Resident
-from services.scheduler.threshold import Stretches, Threshold, ThresholdRule
 from services.unet_worker.denoising.guidance import GuidanceRecord, can_skip
 from shared import messages
 from shared.errors import ConfigurationError
@@ -151,7 +147,7 @@ def assert_nothing_ran_beside_a_slot(world: World) -> None:
                 granted.add(message.request_id)
 
 
-@pytest.mark.parametrize("policy", POLICY_NAMES)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_where_a_device_runs_one_process_at_a_time_decodes_go_into_gaps(policy: str) -> None:
     world = World(policy=policy, profiles=(roomy_profile(),))
     world.start_worker("unet", "unet-0", runs_side_by_side=False)
@@ -188,11 +184,11 @@ def test_what_a_slot_took_beyond_its_plan_is_owed_by_the_next_ones() -> None:
     world.settle()
     unet = next(iter(world.core.unets.values()))
     first = unet.slots[0].seq
-    planned_ms = next(spent.ms for spent in unet.ledger if spent.seq == first)
+    planned_ms = next(usage.ms for usage in unet.usage if usage.seq == first)
     world.drift = 10.0
     world.run_slot(unet.info.incarnation)
     world.settle()
-    spent_ms = next(spent.ms for spent in unet.ledger if spent.seq == first)
+    spent_ms = next(usage.ms for usage in unet.usage if usage.seq == first)
     assert planned_ms == 20.0
     assert spent_ms == 100.0
 
@@ -285,7 +281,7 @@ def test_the_threshold_steps_to_its_limits_and_rests_in_between() -> None:
     assert threshold.value == rule.min_value
 
 
-@pytest.mark.parametrize("policy", POLICY_NAMES)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_a_simulation_serves_everything_and_repeats_itself(policy: str) -> None:
     unet, vae = (next(iter(workers.values())).info for workers in (a_world().unets, a_world().vaes))
     profile = profile_in_short(unet, [vae])

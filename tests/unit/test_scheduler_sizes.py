@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from scheduler_world import World, make_request
 
-from services.scheduler.profile import DecodeTiming, Profile, SlotKind, SlotTiming
-from services.scheduler.state import Stage
+from services.scheduler.core.state import Stage
+from services.scheduler.devices.profile import DecodeTiming, Profile, SlotKind, SlotTiming
 from shared import messages
 
 KIND = SlotKind(unet_threads=2)

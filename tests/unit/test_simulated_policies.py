@@ -11,7 +11,7 @@ from bench.plan import PROFILE
 from bench.policies_cells import Cell, Plan
 from bench.policies_measure import Sample, measure
 from bench.simulated_stack import SimulatedStack
-from services.scheduler.profile_file import parse_profile
+from services.scheduler.devices.profile_file import parse_profile
 from services.scheduler.simulation.arrivals import Mix, make_arrivals
 
 

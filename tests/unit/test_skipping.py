@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from scheduler_world import make_request
+from dataclasses import replace
 
-from services.scheduler.skipping import may_skip_next
-from services.scheduler.state import Request, Stage
+import pytest
+from scheduler_world import World, make_request, make_worker
+
+from services.scheduler.core.state import Request, Stage
+from services.scheduler.devices.choice import profile_in_short
+from services.scheduler.devices.profile import SkipLevel
+from services.scheduler.planning.skipping import may_skip_next
 
 
 def a_request(*, guidance_skip: str = "balanced", num_forwards: int = 25, **fields: int) -> Request:
@@ -47,3 +52,19 @@ def test_nothing_is_skipped_that_no_worker_would_skip() -> None:
     assert not may_skip_next(a_request(last_full=0, done_step=0, next_step=1))
     # Nothing is known of a request that comes from another worker.
     assert not may_skip_next(a_request(last_full=-1, done_step=8, next_step=8))
+
+
+@pytest.mark.parametrize("policy", ["synerdiff", "continuous-parallel-with-skip"])
+def test_a_request_s_budget_is_used_and_kept_though_its_worker_would_skip_more(policy: str) -> None:
+    level = SkipLevel(rows_saved=0.1, psnr_mean_db=40.0, psnr_p5_db=35.0)
+    short = profile_in_short(make_worker("unet", "u", "u"), ())
+    profile = replace(short, source="measured", skip_levels={"fast": level})
+    world = World(policy=policy, profiles=(profile,))
+    world.start_worker("unet", "unet-0")
+    world.start_worker("vae", "vae-0")
+    for number in range(6):
+        world.submit(make_request(f"r{number}", steps=12, guidance_skip="fast"))
+    world.run_until_quiet()
+    (unet,) = world.unets.values()
+    # A fifth of twelve steps, rounded; the worker allows every other one.
+    assert max(len(steps) for steps in unet.skipped.values()) == 2

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from services.scheduler.store_clock import StoreClock
+from services.scheduler.shell.store_clock import StoreClock
 from shared.errors import EpochEndedError
 
 

@@ -55,7 +55,7 @@ class Mix:
 def make_arrivals(
     pattern: str, *, rate: float, duration_s: float, mix: Mix, seed: int
 ) -> list[Arrival]:
-    """Arrivals of a Poisson process whose rate follows a pattern.
+    """Return arrivals of a Poisson process whose rate follows a pattern.
 
     poisson: constant. bursty: 3 times the rate in a quarter of each 20 s and a third of it in
     the rest. step: the rate, 3 times it in the middle third, and back. ramp: from 0.2 to 1.8 times
@@ -99,12 +99,12 @@ def _draw(chance: random.Random, mix: Mix, at_s: float) -> Arrival:
 
 
 def format_trace(arrivals: Iterable[Arrival]) -> str:
-    """One JSON object a line."""
+    """Return the arrivals as text, one JSON object a line."""
     return "".join(json.dumps(asdict(arrival)) + "\n" for arrival in arrivals)
 
 
 def parse_trace(text: str, *, name: str = "the trace") -> list[Arrival]:
-    """What `format_trace` wrote, or a person; in the order of time.
+    """Return what `format_trace` wrote, or a person, in the order of time.
 
     Raises:
         ConfigurationError: A line is no arrival.

@@ -53,7 +53,7 @@ class Device:
         self._updated_at = clock.now
 
     def is_busy(self, owner: str) -> bool:
-        """Whether a worker has something in flight."""
+        """Return whether a worker has something in flight."""
         return owner in self._jobs
 
     def begin(
@@ -65,7 +65,7 @@ class Device:
         threads: int,
         is_commit: bool = False,
     ) -> None:
-        """Something more is in flight.
+        """Let something more be in flight.
 
         on_done: is told how many milliseconds it took. is_commit: beside which rates stay as they
         are, but cores are shared evenly where there are more threads.
@@ -75,12 +75,12 @@ class Device:
         self._schedule()
 
     def _duration_ms(self, owner: str) -> float:
-        """Of the whole job, as long as nothing begins or ends."""
+        """Return the duration of the whole job, as long as nothing begins or ends."""
         rates = self._jobs[owner].rates
         if self._waits(owner):
             return inf
         is_beside = (
-            self._has_chunks() if owner in _UNET else any(one in self._jobs for one in _UNET)
+            self._has_chunks() if owner in _UNET else any(part in self._jobs for part in _UNET)
         )
         return (rates.beside_ms if is_beside else rates.alone_ms) * self._crowding()
 
@@ -91,7 +91,7 @@ class Device:
         return owner == WAITING and FORWARD in self._jobs and self._has_chunks()
 
     def _crowding(self) -> float:
-        """Threads for each core while pictures are committed; nothing else has more than that."""
+        """Return threads for each core while pictures are committed; nothing else has more."""
         if not self._cores or not any(job.is_commit for job in self._jobs.values()):
             return 1.0
         threads = sum(job.threads for name, job in self._jobs.items() if not self._waits(name))

@@ -32,7 +32,7 @@ class Course:
 
     @property
     def is_finished(self) -> bool:
-        """Whether its picture is there."""
+        """Return whether its picture is there."""
         return self.finished_at >= 0
 
 
@@ -50,35 +50,35 @@ class SimulationLog:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every request is final."""
+        """Return whether every request is final."""
         return self.num_final >= self.num_requests
 
     def submitted(self, request_id: str, now: float) -> None:
-        """A request has come."""
+        """Note that a request has come."""
         self.courses[request_id] = Course(submitted_at=now)
 
     def denoised(self, request_id: str, now: float, num_skipped: int, num_steps: int) -> None:
-        """Its last step is done."""
+        """Note that its last step is done."""
         course = self.courses[request_id]
         course.denoised_at, course.num_skipped, course.num_steps = now, num_skipped, num_steps
 
     def finished(self, request_id: str, now: float) -> None:
-        """Its picture is committed."""
+        """Note that its picture is committed."""
         self.courses[request_id].finished_at = now
         self.num_final += 1
 
     def failed(self, request_id: str, code: str) -> None:
-        """It has failed."""
+        """Note that it has failed."""
         self.courses[request_id].failure = code
         self.num_final += 1
 
     def slot(self, num_rows: int) -> None:
-        """A forward of so many rows begins."""
+        """Note that a forward of so many rows begins."""
         self.num_slots += 1
         self.num_rows += num_rows
 
     def summary(self, *, duration_s: float | None = None) -> dict[str, Any]:
-        """The figures. Latencies in seconds; throughput in pictures a second until the last one.
+        """Return the figures: latencies in seconds, pictures a second until the last one.
 
         duration_s: of the arrivals; requests submitted in its last tenth or first tenth count as
         well: the trace is finite and all of it is served.
@@ -101,12 +101,12 @@ class SimulationLog:
             "decode_latency_s": describe(decodes),
             "steps_skipped": skipped / steps if steps else 0.0,
             "rows_per_slot": self.num_rows / self.num_slots if self.num_slots else 0.0,
-            "theta_mean": mean(one.theta for one in self.thetas) if self.thetas else None,
+            "theta_mean": mean(sample.theta for sample in self.thetas) if self.thetas else None,
         }
 
 
 def describe(ordered: Sequence[float]) -> dict[str, float]:
-    """Mean, percentiles (nearest rank) and maximum of sorted samples; zeros where none."""
+    """Return mean, percentiles (nearest rank) and maximum of sorted samples; zeros where none."""
     if not ordered:
         return dict.fromkeys(("mean", "p50", "p95", "p99", "max"), 0.0)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from services.scheduler.profile import DecodeTiming, Profile, SlotKind, interpolate
+from services.scheduler.devices.durations import Durations
+from services.scheduler.devices.profile import DecodeTiming, SlotKind, interpolate
 from shared.messages import DenoiseSlot
 
 EVEN_SHARE = 2.0
@@ -28,7 +29,7 @@ class Rates:
     beside_ms: float
 
     def longer_by(self, ms: float) -> Rates:
-        """With something more to do that the other side doesn't slow down."""
+        """Return the rates with something more to do that the other side doesn't slow down."""
         return Rates(alone_ms=self.alone_ms + ms, beside_ms=self.beside_ms + ms)
 
 
@@ -41,27 +42,27 @@ class SlotRates:
 
 
 def slot_rates(
-    profile: Profile, size: str, rows: int, *, slot: DenoiseSlot, vae_threads: int
+    durations: Durations, size: str, rows: int, *, slot: DenoiseSlot, vae_threads: int
 ) -> SlotRates:
-    """Of a slot of so many rows, which are split over its threads if it has fewer beside chunks."""
+    """Return the rates of a slot, whose rows are split if it has fewer threads beside chunks."""
     threads, left = slot.threads, slot.shape.threads_beside or slot.threads
-    kind = _beside_kind(profile, left, vae_threads)
+    kind = _beside_kind(durations, left, vae_threads)
 
     def rates_of(alone_ms: float, rows_beside: int, threads_beside: int) -> Rates:
-        """Beside chunks as measured of so many rows on the threads left, or sharing the cores."""
+        """Return rates beside chunks as measured on the threads left, or sharing the cores."""
         if kind:
-            beside_ms = profile.beside_ms(size, rows_beside, kind)
+            beside_ms = durations.beside_ms(size, rows_beside, kind)
         else:
-            beside_ms = _even_share(profile, threads_beside + vae_threads) * alone_ms
+            beside_ms = _even_share(durations, threads_beside + vae_threads) * alone_ms
         return Rates(alone_ms=alone_ms, beside_ms=max(beside_ms, alone_ms))
 
     if left == threads or rows < threads:
-        return SlotRates(going_on=rates_of(_alone_ms(profile, size, rows, threads), rows, left))
+        return SlotRates(going_on=rates_of(_alone_ms(durations, size, rows, threads), rows, left))
 
     def rates_of_parts(part_rows: int, part_threads: int) -> Rates:
-        """As fast as all threads are for as many rows on each."""
+        """Return the rates of parts, as fast as all threads are for as many rows on each."""
         as_many = ceil(part_rows * threads / part_threads)
-        alone_ms = _alone_ms(profile, size, as_many, threads)
+        alone_ms = _alone_ms(durations, size, as_many, threads)
         return rates_of(alone_ms, ceil(part_rows * left / part_threads), threads)
 
     waiting_rows = slot.shape.waiting_rows(rows)
@@ -72,56 +73,58 @@ def slot_rates(
 
 
 def chunk_rates(
-    profile: Profile, size: str, index: int, *, unet_threads: int, vae_threads: int
+    durations: Durations, size: str, index: int, *, unet_threads: int, vae_threads: int
 ) -> Rates:
-    """Of one chunk of a decode."""
-    timing = profile.decode(size)
+    """Return the rates of one chunk of a decode."""
+    timing = durations.decode(size)
     if timing is None:
         return Rates(alone_ms=1.0, beside_ms=EVEN_SHARE)
     at_best_ms = chunk_ms = timing.chunk_ms[min(index, len(timing.chunk_ms) - 1)]
-    measured = _decode_by_threads(profile, size, vae_threads)
+    measured = _decode_by_threads(durations, size, vae_threads)
     if measured:
         chunk_ms = measured.chunk_ms[min(index, len(measured.chunk_ms) - 1)]
     elif vae_threads and timing.threads > vae_threads:
         chunk_ms *= (timing.threads / vae_threads) ** THREAD_EXPONENT
-    kind = _beside_kind(profile, unet_threads, vae_threads)
+    kind = _beside_kind(durations, unet_threads, vae_threads)
     if kind is None:
-        share = _even_share(profile, unet_threads + vae_threads)
+        share = _even_share(durations, unet_threads + vae_threads)
         return Rates(alone_ms=chunk_ms, beside_ms=share * chunk_ms)
-    _, chunks_ms = profile.slot_ms(size, profile.knee(size), kind)
+    _, chunks_ms = durations.slot_ms(size, durations.knee(size), kind)
     own = sum(timing.chunk_ms) / len(timing.chunk_ms)
     stretch = chunks_ms / kind.chunks / own
     return Rates(alone_ms=chunk_ms, beside_ms=max(at_best_ms * stretch, chunk_ms))
 
 
-def _even_share(profile: Profile, threads: int) -> float:
-    """How much slower so many threads go, or two sides where there are no cores to share."""
-    return max(threads / profile.threads, 1.0) if profile.threads and threads else EVEN_SHARE
+def _even_share(durations: Durations, threads: int) -> float:
+    """Return how much slower so many threads go, or two sides that have no cores to share."""
+    cores = durations.profile.threads
+    return max(threads / cores, 1.0) if cores and threads else EVEN_SHARE
 
 
-def _decode_by_threads(profile: Profile, size: str, threads: int) -> DecodeTiming | None:
-    """As measured alone with so many threads, if it was."""
-    found = (one for one in profile.decodes if (one.key, one.threads) == (size, threads))
+def _decode_by_threads(durations: Durations, size: str, threads: int) -> DecodeTiming | None:
+    """Return a decode as measured alone with so many threads, if it was."""
+    decodes = durations.profile.decodes
+    found = (timing for timing in decodes if (timing.key, timing.threads) == (size, threads))
     return next(found, None)
 
 
-def _alone_ms(profile: Profile, size: str, rows: int, threads: int) -> float:
-    for timing in profile.slots:
+def _alone_ms(durations: Durations, size: str, rows: int, threads: int) -> float:
+    for timing in durations.profile.slots:
         is_it = timing.kind.chunks == 0 and timing.kind.unet_threads == threads
         if is_it and timing.key == size:
             return interpolate(timing.step_ms, rows)
-    kind = profile.alone_kind(size)
-    alone_ms, _ = profile.slot_ms(size, rows, kind)
+    kind = durations.alone_kind(size)
+    alone_ms, _ = durations.slot_ms(size, rows, kind)
     if threads and kind.unet_threads > threads:
         return alone_ms * float((kind.unet_threads / threads) ** THREAD_EXPONENT)
     return alone_ms
 
 
-def _beside_kind(profile: Profile, unet_threads: int, vae_threads: int) -> SlotKind | None:
-    """The kind of those threads whose chunks overlap most."""
+def _beside_kind(durations: Durations, unet_threads: int, vae_threads: int) -> SlotKind | None:
+    """Return the kind of those threads whose chunks overlap most."""
     kinds = [
         timing.kind
-        for timing in profile.slots
+        for timing in durations.profile.slots
         if timing.kind.chunks
         and (timing.kind.unet_threads, timing.kind.vae_threads) == (unet_threads, vae_threads)
     ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from random import Random
 
-from services.scheduler.commands import FailRequest, Send
-from services.scheduler.core import Core, CoreSettings
-from services.scheduler.events import Event, Tick
-from services.scheduler.policy import Policy
-from services.scheduler.profile import Profile
+from services.scheduler.core.commands import FailRequest, Send
+from services.scheduler.core.core import Core, CoreSettings
+from services.scheduler.core.events import Event, Tick
+from services.scheduler.devices.profile import Profile
+from services.scheduler.planning.policy import Policy
 from services.scheduler.simulation.arrivals import Arrival
 from services.scheduler.simulation.device import Device
 from services.scheduler.simulation.log import SimulationLog, ThetaSample
@@ -43,7 +43,7 @@ class Simulation:
         settings: SimulationSettings,
     ) -> None:
         self._world = World(
-            profile=profile,
+            durations=profile.durations,
             settings=settings,
             arrivals={f"r{i:06d}": arrival for i, arrival in enumerate(arrivals)},
             log=SimulationLog(num_requests=len(arrivals)),
@@ -59,7 +59,7 @@ class Simulation:
         self._inboxes: dict[str, Callable[[messages.Message], None]] = {}
 
     def run(self) -> SimulationLog:
-        """Everything from the first arrival to the last picture."""
+        """Serve everything from the first arrival to the last picture, and return what was seen."""
         clock, log, settings = self._world.clock, self._world.log, self._world.settings
         self._feed(Tick())
         for number in range(settings.num_groups):
@@ -77,7 +77,7 @@ class Simulation:
     # --- the workers ----------------------------------------------------------------------------
 
     def _add_group(self, group: str) -> None:
-        """A UNet worker and the VAE workers beside it, on one device."""
+        """Register a UNet worker and the VAE workers beside it, on one device."""
         world = self._world
         device = Device(world.clock, world.profile.threads)
         info = unet_info(world.profile, group=group)
@@ -109,7 +109,7 @@ class Simulation:
     # --- the scheduler --------------------------------------------------------------------------
 
     def _feed(self, event: Event) -> None:
-        """The core's answer to an event, carried out."""
+        """Carry out the core's answer to an event."""
         clock = self._world.clock
         for command in self._core.on_event(event, clock.now):
             if isinstance(command, Send):

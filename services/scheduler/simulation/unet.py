@@ -30,12 +30,12 @@ class Resident:
 
     @property
     def is_guided(self) -> bool:
-        """Whether a full step takes two rows."""
+        """Return whether a full step takes two rows."""
         return self.arrival.guidance_scale > 1
 
     @property
     def skip_steps(self) -> int:
-        """How many steps in a row may be skipped from the next one on."""
+        """Return how many steps in a row may be skipped from the next one on."""
         level = SKIP_LEVELS[self.arrival.guidance_skip]
         if level is None or not self.is_guided:
             return 0
@@ -43,11 +43,11 @@ class Resident:
         return max(allowed - (self.step - self.last_full) + 1, 0)
 
     def will_skip(self, row: messages.SlotRow) -> bool:
-        """Whether a row that is to be skipped really is."""
+        """Return whether a row that is to be skipped really is."""
         return row.skip and self.skip_steps > 0
 
     def advance(self, *, was_skipped: bool) -> None:
-        """One step is done."""
+        """Note that one step is done."""
         self.num_skipped += was_skipped
         if not was_skipped:
             self.last_full = self.step
@@ -80,7 +80,7 @@ class SimulatedUnet:
         self._held: dict[str, Resident] = {}
 
     def receive(self, message: messages.Message) -> None:
-        """A message of the scheduler's is there."""
+        """Take a message of the scheduler's."""
         match message:
             case messages.AdmitRequest():
                 self._admissions.append(message)
@@ -95,7 +95,7 @@ class SimulatedUnet:
         self._begin()
 
     def _begin(self) -> None:
-        """Admissions go before slots."""
+        """Begin what is next; admissions go before slots."""
         if self._device.is_busy(FORWARD) or self._device.is_busy(WAITING):
             return
         if self._admissions:
@@ -130,7 +130,9 @@ class SimulatedUnet:
             return
         num_rows = sum(self._num_rows(row) for row in rows)
         size = world.key(rows[0].request_id)
-        rates = slot_rates(world.profile, size, num_rows, slot=slot, vae_threads=device.vae_threads)
+        rates = slot_rates(
+            world.durations, size, num_rows, slot=slot, vae_threads=device.vae_threads
+        )
         world.log.slot(num_rows)
         parts = {FORWARD: (rates.going_on, device.unet_threads)}
         if rates.waiting:

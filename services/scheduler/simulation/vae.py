@@ -45,7 +45,7 @@ class SimulatedVae:
         self._decodes: dict[str, SimulatedDecode] = {}
 
     def receive(self, message: messages.Message) -> None:
-        """A message of the scheduler's is there."""
+        """Take a message of the scheduler's."""
         match message:
             case messages.DecodeLatents(request_id=request_id):
                 self._decodes[request_id] = SimulatedDecode(command=message)
@@ -72,7 +72,7 @@ class SimulatedVae:
         device, world = self._device, self._world
         device.vae_threads = grant.threads
         rates = chunk_rates(
-            world.profile,
+            world.durations,
             world.key(grant.request_id),
             decode.done,
             unet_threads=device.unet_threads,
@@ -99,7 +99,7 @@ class SimulatedVae:
         self.begin()
 
     def _report(self, decode: SimulatedDecode) -> None:
-        """A grant is used up."""
+        """Report that a grant is used up."""
         decode.grants.popleft()
         self._world.tell(
             messages.ChunksDecoded(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.scheduler.profile import Profile, num_pixels
+from services.scheduler.devices.profile import Profile, num_pixels
 from shared import messages
 
 MAX_REQUESTS = 64
@@ -12,12 +12,12 @@ MAX_REQUESTS = 64
 def unet_info(
     profile: Profile, *, group: str, max_requests: int = MAX_REQUESTS
 ) -> messages.WorkerInfo:
-    """The UNet worker of a device group."""
+    """Return the UNet worker of a device group."""
     return _info("unet", f"{group}-unet", group, profile, max_requests)
 
 
 def vae_info(profile: Profile, *, group: str, number: int) -> messages.WorkerInfo:
-    """A VAE worker on a device."""
+    """Return a VAE worker on a device."""
     return _info("vae", f"{group}-vae-{number}", group, profile, max_requests=0)
 
 

@@ -6,8 +6,9 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from services.scheduler.events import Event
-from services.scheduler.profile import Profile, make_key
+from services.scheduler.core.events import Event
+from services.scheduler.devices.durations import Durations
+from services.scheduler.devices.profile import Profile, make_key
 from services.scheduler.simulation.arrivals import Arrival
 from services.scheduler.simulation.clock import Clock
 from services.scheduler.simulation.log import SimulationLog
@@ -43,7 +44,7 @@ class SimulationSettings:
 class World:
     """See the module. arrivals: by request id. feed: give the scheduler an event now."""
 
-    profile: Profile
+    durations: Durations
     settings: SimulationSettings
     arrivals: Mapping[str, Arrival]
     log: SimulationLog
@@ -51,28 +52,33 @@ class World:
     clock: Clock = field(default_factory=Clock)
     chance: random.Random = field(default_factory=random.Random)
 
+    @property
+    def profile(self) -> Profile:
+        """Return the profile of every device."""
+        return self.durations.profile
+
     def tell(self, event: Event) -> None:
         """Send the scheduler an event; it arrives a little later."""
         self.clock.after(self.settings.message_ms, lambda: self.feed(event))
 
     @property
     def slot_overhead_ms(self) -> float:
-        """Of one slot, on the profile's device."""
+        """Return what a slot takes on the profile's device beside its forward."""
         services_ms = self.settings.services_ms if self.profile.device == "cpu" else 0.0
         return self.settings.slot_overhead_ms + services_ms
 
     def vary(self, rates: Rates) -> Rates:
-        """The durations as they happen to be this time."""
+        """Return the durations as they happen to be this time."""
         factor = max(1 + self.chance.gauss(0, self.settings.jitter), 0.2)
         return Rates(alone_ms=rates.alone_ms * factor, beside_ms=rates.beside_ms * factor)
 
     def size(self, arrival: Arrival) -> tuple[int, int]:
-        """Its picture's height and width; the profile's own where it names none."""
+        """Return its picture's height and width; the profile's own where it names none."""
         if arrival.height and arrival.width:
             return arrival.height, arrival.width
         height, _, width = self.profile.slots[0].key.partition("x")
         return int(height), int(width)
 
     def key(self, request_id: str) -> str:
-        """The profile's name of a request's size."""
+        """Return the profile's name of a request's size."""
         return make_key(*self.size(self.arrivals[request_id]))

@@ -1,0 +1,1 @@
+"""The scheduler's state and rules: events in, commands out, the clock passed in."""

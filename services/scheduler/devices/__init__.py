@@ -1,0 +1,1 @@
+"""What devices can do: profiles, what serving teaches about them, and how they are measured."""

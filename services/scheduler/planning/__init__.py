@@ -1,0 +1,1 @@
+"""From a view of one device to a plan for it: values in, values out."""

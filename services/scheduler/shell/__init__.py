@@ -1,0 +1,1 @@
+"""What the scheduler's service reads from Redis and writes to it."""
