@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final
 import aiohttp
 import psutil
 import typer
+from redis.exceptions import ResponseError
 
 from bench.hung_thread import NotStoppedError, stopped_thread
 from bench.overload import Load
@@ -108,8 +109,15 @@ def poison_outages() -> tuple[int, list[str]]:
 
 
 async def _pour(redis_url: str, poison: Poison) -> None:
-    async with streams.connect(redis_url) as redis:
-        await poison(redis)
+    """Put some poison into Redis, once what was poured before has been cleared away."""
+    async with streams.connect(redis_url) as redis, asyncio.timeout(OUTAGE_S):
+        while True:
+            try:
+                await poison(redis)
+            except ResponseError:
+                await asyncio.sleep(0.1)
+            else:
+                return
 
 
 def _spoiled_request() -> GenerateImage:

@@ -196,4 +196,5 @@ class Poisons:
         await holds(keys.request(self.request.request_id), "x")(redis)
 
     async def _write_record(self, redis: Any, fields: dict[str, Any]) -> None:
+        await redis.delete(keys.request(self.request.request_id))
         await redis.hset(keys.request(self.request.request_id), mapping=fields)

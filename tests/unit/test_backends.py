@@ -162,7 +162,7 @@ class Traffic(TorchDispatchMode):
             result = func(*args, **kwargs)
             if _crosses(args[0].device, result.device):
                 is_pinned = any(args[0] is tensor for tensor in self._pinned)
-                is_asked = kwargs.get("non_blocking") or True in args
+                is_asked = kwargs.get("non_blocking") or any(arg is True for arg in args)
                 self.events.append("pinned copy" if is_pinned and is_asked else "blocking copy")
             return result
         if name.startswith("aten::copy_") and _crosses(args[1].device, args[0].device):

@@ -102,8 +102,16 @@ def test_each_layer_that_is_called_once_is_found_with_its_input() -> None:
     assert torch.equal(inputs[once], twice(x))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("size", [(64, 64), (256, 192), (72, 40)])  # the last is not recorded
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        ("float32", (64, 64)),
+        ("float32", (256, 192)),
+        ("bfloat16", (64, 64)),
+        ("bfloat16", (256, 192)),
+        ("bfloat16", (72, 40)),  # not recorded
+    ],
+)
 def test_a_row_is_the_same_alone_and_among_others_on_any_threads(
     tiny_model_folder: Path, dtype: Any, size: tuple[int, int]
 ) -> None:

@@ -21,7 +21,7 @@ class Backend(Protocol):
     def is_batch_invariant(self) -> bool:
         """Return whether a row's prediction is the same to the bit alone and among others.
 
-        On any number of threads, whatever runs beside.
+        At the sizes that were prepared, on any number of threads, whatever runs beside.
         """
 
     def prepare(self, sizes: Sequence[tuple[int, int]] = ()) -> bool:
