@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import itertools
+import math
 import os
 import sys
 import threading
@@ -79,8 +80,9 @@ class Watchdog:
 class Patience:
     """How long work of a kind may take, by its size and by how long it has taken.
 
-    Its time is taken to grow with the rows and, since attention is part of it, up to the square of
-    the area.
+    A size that was not seen yet takes no longer than the next larger one that was. Beyond all of
+    them, time is taken to grow with the rows and, since attention is part of it, up to the square
+    of the area.
 
     Args:
         floor_s: However little is asked for.
@@ -90,19 +92,33 @@ class Patience:
     def __init__(self, floor_s: float, usual_pixels: int) -> None:
         self._floor_s = floor_s
         self._usual_pixels = usual_pixels
-        self._slowest_s = 0.0
+        self._slowest_s: dict[int, float] = {}
+        """By the power of two that the size reaches."""
 
     def learn(self, duration_s: float, *, rows: int = 1, pixels: int = 0) -> None:
         """Some work has taken so long; pixels: of each row, 0 for the usual ones."""
-        self._slowest_s = max(self._slowest_s, duration_s / self._units(rows, pixels))
+        power = _power(self._units(rows, pixels))
+        self._slowest_s[power] = max(self._slowest_s.get(power, 0.0), duration_s)
 
     def within_s(self, *, rows: int = 1, pixels: int = 0) -> float:
-        """How long work of that size may take before it is taken for stuck."""
-        return max(self._floor_s, _SLOWER * self._slowest_s * self._units(rows, pixels))
+        """Return after how long work of that size is taken for stuck."""
+        units = self._units(rows, pixels)
+        larger = [power for power in self._slowest_s if power >= _power(units)]
+        if larger:
+            expected_s = self._slowest_s[min(larger)]
+        else:
+            largest = max(self._slowest_s, default=0)
+            expected_s = self._slowest_s.get(largest, 0.0) * units / 2.0**largest
+        return max(self._floor_s, _SLOWER * expected_s)
 
     def _units(self, rows: int, pixels: int) -> float:
         area = (pixels or self._usual_pixels) / self._usual_pixels
-        return rows * area * max(area, 1.0)
+        return max(rows, 1) * area * max(area, 1.0)
+
+
+def _power(units: float) -> int:
+    """Return the power of two that a size reaches."""
+    return math.floor(math.log2(units))
 
 
 @contextlib.contextmanager

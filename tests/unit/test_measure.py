@@ -68,3 +68,12 @@ def test_a_slow_moment_does_not_end_it(
 ) -> None:
     found = _measured(stopwatch, monkeypatch, [10e-3, 30e-3, 12e-3, 20e-3, 36e-3])
     assert found == pytest.approx({1: 10, 2: 12, 4: 20, 8: 36})
+
+
+def test_fewer_rows_are_not_said_to_take_longer_than_more(
+    stopwatch: Stopwatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = _measured(stopwatch, monkeypatch, [290e-3, 12e-3, 20e-3, 36e-3, 9e-3])
+    assert found == pytest.approx({1: 9, 2: 12, 4: 20, 8: 36})
+    found = _measured(stopwatch, monkeypatch, [290e-3, 12e-3, 20e-3, 36e-3, 280e-3])
+    assert found == pytest.approx({1: 12, 2: 12, 4: 20, 8: 36})

@@ -115,3 +115,11 @@ def test_patience_grows_with_what_was_seen() -> None:
     assert patience.within_s(pixels=1024 * 1024) >= 10 * 900.0
     patience.learn(0.5)
     assert patience.within_s(pixels=1024 * 1024) >= 10 * 900.0
+
+
+def test_what_a_first_call_took_is_not_multiplied_by_the_rows_of_larger_ones() -> None:
+    patience = Patience(5.0, 128 * 128)
+    patience.learn(0.3, rows=1)
+    patience.learn(0.1, rows=24)
+    assert patience.within_s(rows=20) == 5.0
+    assert patience.within_s(rows=1) > 5.0

@@ -70,6 +70,14 @@ class Stopwatch:
             if num_without_gain == _MAX_WITHOUT_GAIN or (num_without_gain and median_ms > LONG_MS):
                 break
             least_row_ms = min(least_row_ms, median_ms / num_rows)
+        # Fewer rows don't take longer than more: where they seem to, something came between.
+        longest_ms = math.inf
+        for num_rows in sorted(medians_ms, reverse=True):
+            if medians_ms[num_rows] > longest_ms:
+                self.forward_s(num_rows, size)
+                again_ms = self._median_ms(num_rows, size, num_repeats)
+                medians_ms[num_rows] = min(medians_ms[num_rows], again_ms, longest_ms)
+            longest_ms = medians_ms[num_rows]
         return medians_ms
 
     def measure_for(self, window_s: float, *, rows: int, size: tuple[int, int]) -> float:
