@@ -51,7 +51,7 @@ _MAX_NAME: Final = 256
 _NAMES: Final = frozenset({"request_id", "job_id", "attempt", "incarnation", "worker_id"})
 """Fields that keys are made of: not empty, and not long. An attempt may be empty."""
 
-_CHECKED: Final = frozenset({"shared.messages", "shared.records"})
+_CHECKED: Final = frozenset({"shared.messages", "shared.store.records"})
 """Modules whose dataclasses several services write and read."""
 
 _converter = make_converter(forbid_extra_keys=False, detailed_validation=False)

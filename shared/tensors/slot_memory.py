@@ -7,9 +7,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from shared.cuda_ipc import GpuIpc
-from shared.pool_layout import PoolFile, PoolLayout
-from shared.tensor_bytes import as_bytes
+from shared.tensors.cuda_ipc import GpuIpc
+from shared.tensors.layout import PoolFile, PoolLayout
+from shared.tensors.wire import as_bytes
 
 
 class SlotMemory(Protocol):

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from shared.codec import decode_value, encode_value
-from shared.cuda_ipc import CudaExport, GpuIpc
 from shared.errors import HandleLostError, ProtocolError
-from shared.pool_layout import PoolFile
+from shared.tensors.cuda_ipc import CudaExport, GpuIpc
+from shared.tensors.layout import PoolFile
 
 NUM_CELLS: Final = 8
 CELL_BYTES: Final = 1024

@@ -21,7 +21,7 @@ from typing import Final
 
 from shared.errors import ConfigurationError, HandleLostError
 from shared.host import SHM_DIRECTORY
-from shared.pool_layout import PAGE_BYTES, PoolFile, PoolLayout, read_companion, read_layout
+from shared.tensors.layout import PAGE_BYTES, PoolFile, PoolLayout, read_companion, read_layout
 
 PREFIX: Final = "synerdiff-"
 

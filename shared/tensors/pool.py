@@ -1,9 +1,9 @@
 """Tensors between processes: a producer's fixed slots, for consumers to copy out of.
 
 Producer (here): `acquire` a slot, `publish` a tensor in it (copies in, then says so), hear of its
-`release`, or let it `expire`. Consumer (`tensor_reader`): generation, copy, generation again; a
-difference is a `HandleLostError` and never a torn tensor. `pool_layout` says what lies where,
-`pool_file` who owns it, `slot_memory` how it is copied, `tensor_bytes` how tensors go inline.
+`release`, or let it `expire`. Consumer (`reader`): generation, copy, generation again; a
+difference is a `HandleLostError` and never a torn tensor. `layout` says what lies where,
+`pool_file` who owns it, `slot_memory` how it is copied, `wire` how tensors go inline.
 """
 
 from __future__ import annotations
@@ -15,17 +15,14 @@ from typing import Final
 
 import torch
 
-from shared.cuda_exports import TABLE_BYTES, PoolExports
-from shared.cuda_ipc import GpuIpc
 from shared.host import SHM_DIRECTORY, host_identity
 from shared.messages import TensorHandle
-from shared.pool_file import create_pool_file, pool_name
-from shared.pool_layout import PoolLayout, fence
-from shared.slot_memory import GpuSlots, MappedSlots, SlotMemory
-from shared.tensor_bytes import dtype_name
-from shared.tensor_reader import TensorReader
-
-__all__ = ["TensorPool", "TensorReader"]
+from shared.tensors.cuda_exports import TABLE_BYTES, PoolExports
+from shared.tensors.cuda_ipc import GpuIpc
+from shared.tensors.layout import PoolLayout, fence
+from shared.tensors.pool_file import create_pool_file, pool_name
+from shared.tensors.slot_memory import GpuSlots, MappedSlots, SlotMemory
+from shared.tensors.wire import dtype_name
 
 DEFAULT_TIMEOUT_S: Final = 600.0
 

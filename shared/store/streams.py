@@ -26,10 +26,11 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from shared import codec, keys
+from shared import codec
 from shared.errors import EpochEndedError, ProtocolError
 from shared.messages import Message, RequestFinished
-from shared.patience import PatientRedis, StorePatience
+from shared.store import keys
+from shared.store.patience import PatientRedis, StorePatience
 
 SOCKET_TIMEOUT_S = 10.0
 """Above any BLOCK we use, or an idle blocking read would look like a dead server."""
@@ -72,7 +73,7 @@ def connect(url: str, *, max_connections: int = 32, is_patient: bool = True) -> 
 @cache
 def _source(name: str) -> str:
     """A script, the part that all share and the names of the keys behind its first line."""
-    folder = resources.files("shared").joinpath("lua")
+    folder = resources.files("shared.store").joinpath("lua")
     flags, _, body = folder.joinpath(f"{name}.lua").read_text().partition("\n")
     names = "\n".join(f"local {key} = '{getattr(keys, key)}'" for key in _KEYS_IN_SCRIPTS)
     return f"{flags}\n{names}\n{folder.joinpath('common.lua').read_text()}\n{body}"
@@ -92,7 +93,7 @@ _KEYS_IN_SCRIPTS = (
 
 
 def script(redis: Redis, name: str) -> AsyncScript:
-    """The Lua script `shared/lua/NAME.lua`, bound to a client."""
+    """The Lua script `shared/store/lua/NAME.lua`, bound to a client."""
     return redis.register_script(_source(name))
 
 

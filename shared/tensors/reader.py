@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from shared.cuda_exports import take_export
-from shared.cuda_ipc import GpuIpc
 from shared.errors import HandleLostError
 from shared.host import SHM_DIRECTORY, host_identity
 from shared.messages import TensorHandle
-from shared.pool_file import is_owner_alive, open_pool_file
-from shared.pool_layout import NUM_CONSUMER_WORDS, PoolFile, fence
-from shared.slot_memory import GpuSlots, MappedSlots, SlotMemory
-from shared.tensor_bytes import DTYPES, num_bytes
+from shared.tensors.cuda_exports import take_export
+from shared.tensors.cuda_ipc import GpuIpc
+from shared.tensors.layout import NUM_CONSUMER_WORDS, PoolFile, fence
+from shared.tensors.pool_file import is_owner_alive, open_pool_file
+from shared.tensors.slot_memory import GpuSlots, MappedSlots, SlotMemory
+from shared.tensors.wire import DTYPES, num_bytes
 
 
 class _OpenPool:
