@@ -51,8 +51,8 @@ _MAX_NAME: Final = 256
 _NAMES: Final = frozenset({"request_id", "job_id", "attempt", "incarnation", "worker_id"})
 """Fields that keys are made of: not empty, and not long. An attempt may be empty."""
 
-_CHECKED: Final = frozenset({"shared.messages", "shared.store.records"})
-"""Modules whose dataclasses several services write and read."""
+_CHECKED: Final = ("shared.messages.", "shared.store.records")
+"""How the modules begin whose dataclasses several services write and read."""
 
 _converter = make_converter(forbid_extra_keys=False, detailed_validation=False)
 
@@ -116,7 +116,7 @@ def _checked(kind: type) -> Callable[[Any, Any], Any]:
 
 
 _converter.register_structure_hook_factory(
-    lambda kind: dataclasses.is_dataclass(kind) and kind.__module__ in _CHECKED, _checked
+    lambda kind: dataclasses.is_dataclass(kind) and kind.__module__.startswith(_CHECKED), _checked
 )
 configure_tagged_union(messages.Message, _converter, tag_name="type")
 
