@@ -47,7 +47,7 @@ MAX_BLOCK_MS = 1_000
 
 
 def connect(url: str, *, max_connections: int = 32, is_patient: bool = True) -> PatientRedis:
-    """A client that rides out a server restart: every command is retried for about half a minute.
+    """Return a client that rides out a server restart: it retries a command for half a minute.
 
     Retrying is safe because every message is idempotent for its receiver. With all connections in
     use a command waits for one. While the store is full or otherwise paused, a patient client
@@ -72,7 +72,7 @@ def connect(url: str, *, max_connections: int = 32, is_patient: bool = True) -> 
 
 @cache
 def _source(name: str) -> str:
-    """A script, the part that all share and the names of the keys behind its first line."""
+    """Return a script, behind its first line what all share and the names of the keys."""
     folder = resources.files("shared.store").joinpath("lua")
     flags, _, body = folder.joinpath(f"{name}.lua").read_text().partition("\n")
     names = "\n".join(f"local {key} = '{getattr(keys, key)}'" for key in _KEYS_IN_SCRIPTS)
@@ -93,7 +93,7 @@ _KEYS_IN_SCRIPTS = (
 
 
 def script(redis: Redis, name: str) -> AsyncScript:
-    """The Lua script `shared/store/lua/NAME.lua`, bound to a client."""
+    """Return the Lua script `shared/store/lua/NAME.lua`, bound to a client."""
     return redis.register_script(_source(name))
 
 
@@ -115,7 +115,7 @@ class Writer:
         self.epoch = "" if epoch is None else str(epoch)
 
     async def write(self, *commands: Command) -> Any:
-        """The answer to the last command.
+        """Carry out commands; return the answer to the last.
 
         Raises:
             EpochEndedError: Nothing was written.
@@ -125,7 +125,7 @@ class Writer:
         return await self.call(self._write, args=[self.epoch, payload])
 
     async def call(self, lua: AsyncScript, *, args: Sequence[Any], keys: Sequence[str] = ()) -> Any:
-        """The answer of a script that names the writer's epoch among its arguments.
+        """Run a script that takes the writer's epoch among its arguments; return its answer.
 
         Raises:
             EpochEndedError: Nothing was written.
@@ -223,7 +223,7 @@ class Streams:
         block_ms: int | None = None,
         kinds: Mapping[str, tuple[type, ...]] | None = None,
     ) -> list[Entry]:
-        """As `read_all`, without what was parked."""
+        """Return what `read_all` does, without what was parked."""
         reading = await self.read_all(positions, count=count, block_ms=block_ms, kinds=kinds)
         return reading.entries
 
@@ -235,7 +235,7 @@ class Streams:
         block_ms: int | None = None,
         kinds: Mapping[str, tuple[type, ...]] | None = None,
     ) -> Reading:
-        """Entries after the given position of each stream, oldest first within a stream.
+        """Return the entries after the given position of each stream, oldest first within it.
 
         An entry that can't be decoded, or that is no message for its stream, is moved to the dead
         letters; so is a key that is no stream.
@@ -279,7 +279,7 @@ class Streams:
     async def bury(
         self, stream: str, entry_id: str, fields: Mapping[bytes, bytes], reason: str
     ) -> Buried:
-        """Park an entry that nobody can handle; a request of `keys.REQUESTS` fails with it."""
+        """Park an entry that nobody can handle; return it, and whether its request failed."""
         payload = fields.get(b"m", b"")
         request_id = ""
         if stream == keys.REQUESTS:

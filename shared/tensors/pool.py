@@ -100,11 +100,11 @@ class TensorPool:
 
     @property
     def num_free(self) -> int:
-        """Slots that `acquire` could hand out now."""
+        """Return how many slots `acquire` could hand out now."""
         return len(self._free)
 
     def acquire(self) -> int | None:
-        """A slot for `publish` or `abandon`; None when all are taken: wait, and finish nothing."""
+        """Return a slot for `publish` or `abandon`; None while all are taken, to wait for."""
         with self._lock:
             if not self._free:
                 return None
@@ -126,7 +126,7 @@ class TensorPool:
     def publish(
         self, slot: int, tensor: torch.Tensor, *, now: float, inline_key: str = ""
     ) -> TensorHandle:
-        """Copy a tensor into an acquired slot and make it readable until release or time-out.
+        """Make a copy of a tensor readable until release or time-out; return its handle.
 
         The copy runs in the calling thread, on its current stream, and is over on return. If it
         raises, the slot is free again.
@@ -159,7 +159,7 @@ class TensorPool:
         return handle
 
     def release(self, slot: int, generation: int) -> bool:
-        """Take a slot back. False, and nothing happens, if that publication is over already."""
+        """Take a slot back; return False, changing nothing, if that publication is over."""
         with self._lock:
             publication = self._published.get(slot)
             if publication is None or publication.handle.generation != generation:
@@ -168,7 +168,7 @@ class TensorPool:
             return True
 
     def expire(self, now: float) -> tuple[TensorHandle, ...]:
-        """Take back every slot whose time-out has passed; what was in them. Call it regularly.
+        """Take back slots whose time-out has passed; return what was in them. Call it regularly.
 
         It also renews what a GPU pool keeps ready for its consumers.
         """
@@ -185,7 +185,7 @@ class TensorPool:
         self._file.running_seq = seq
 
     def has_chunks_beside(self, now_ns: int) -> bool:
-        """Whether a consumer decodes right now. now_ns: on the host's monotonic clock."""
+        """Return whether a consumer decodes right now. now_ns: on the host's monotonic clock."""
         return self._file.chunks_until_ns > now_ns
 
     def close(self) -> None:
