@@ -24,8 +24,8 @@ from bench.report import percentile, write_report
 from bench.server import connect, private_server
 from launch.private_stack import private_stack
 from launch.stack import EMBEDDED_MODEL
-from shared import keys, streams
 from shared.messages import GenerateImage, ImageParameters
+from shared.store import keys, streams
 
 MAX_CALL_S: Final = 5.0
 REQUEST_TIMEOUT_S: Final = 15.0

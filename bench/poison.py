@@ -13,8 +13,9 @@ from typing import Any
 import msgpack
 from redis.asyncio import Redis
 
-from shared import codec, keys
+from shared import codec
 from shared.messages import DenoiseSlot, GenerateImage, RequestFinished, RowReport, SlotDenoised
+from shared.store import keys
 
 Poison = Callable[[Redis], Awaitable[Any]]
 

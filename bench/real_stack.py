@@ -27,9 +27,10 @@ from launch.client import GatewayError, is_ready
 from launch.stack import WORKER_ENVIRONMENT, Stack, StackOptions, prepare_stack
 from launch.supervisor import Service
 from services.scheduler.simulation.arrivals import Arrival, Mix, make_arrivals
-from shared import codec, keys
+from shared import codec
 from shared.messages import MeasureSlot, SlotMeasured
-from shared.registrations import readable_workers
+from shared.store import keys
+from shared.store.registrations import readable_workers
 
 START_TIMEOUT_S: Final = 600.0
 SLOT_WINDOW_MS: Final = 1_000.0

@@ -27,9 +27,10 @@ from shared.codec import decode_value, encode_value
 from shared.errors import HandleLostError
 from shared.host import SHM_DIRECTORY
 from shared.messages import TensorHandle
-from shared.pool_file import PREFIX, sweep
-from shared.tensor_bytes import DTYPES, as_bytes
-from shared.tensor_pool import TensorPool, TensorReader
+from shared.tensors.pool import TensorPool
+from shared.tensors.pool_file import PREFIX, sweep
+from shared.tensors.reader import TensorReader
+from shared.tensors.wire import DTYPES, as_bytes
 
 NUM_SLOTS: Final = 16
 SLOT_BYTES: Final = 128 << 10

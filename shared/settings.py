@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
 from shared.errors import ConfigurationError
-from shared.records import Retention
+from shared.store.records import Retention
 
 PolicyName = Literal["synerdiff", "continuous-parallel"]
 

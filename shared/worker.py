@@ -19,8 +19,7 @@ from typing import Generic, TypeVar
 import torch
 from redis.asyncio import Redis
 
-from shared import codec, keys
-from shared.cuda_ipc import gpu_uuid
+from shared import codec
 from shared.errors import ConfigurationError
 from shared.host import device_identity, has_mps, host_identity
 from shared.messages import (
@@ -35,8 +34,10 @@ from shared.messages import (
 )
 from shared.probe import READINESS
 from shared.settings import WorkerSettings
-from shared.streams import MAX_BLOCK_MS, Streams, script
+from shared.store import keys
+from shared.store.streams import MAX_BLOCK_MS, Streams, script
 from shared.tasks import TaskGroup
+from shared.tensors.cuda_ipc import gpu_uuid
 from shared.watchdog import Watchdog, watching_interpreter
 
 T = TypeVar("T")

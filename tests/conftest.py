@@ -11,7 +11,7 @@ import pytest_asyncio
 from redis.asyncio import Redis
 from redis_server import RedisServer
 
-from shared.streams import connect
+from shared.store.streams import connect
 
 
 def pytest_collection_finish() -> None:

@@ -13,8 +13,8 @@ from redis.asyncio import Redis
 from bench.scheduler_load import EchoGroup
 from services.scheduler.devices.profile_file import parse_profile
 from shared.messages import GenerateImage, ImageDecoded, WorkerInfo
-from shared.records import Commit, JobRecord, Outcome, Records, RequestRecord, Retention
 from shared.settings import SHIPPED_PROFILES, SchedulerSettings, WorkerSettings
+from shared.store.records import Commit, JobRecord, Outcome, Records, RequestRecord, Retention
 from shared.watchdog import Watchdog
 from shared.worker import WorkerLink
 

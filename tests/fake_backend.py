@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from PIL import Image, ImageDraw
 from redis.asyncio import Redis
 
-from shared import codec, keys
+from shared import codec
 from shared.messages import (
     GenerateImage,
     ImageDecoded,
@@ -28,8 +28,9 @@ from shared.messages import (
     WorkerInfo,
     WorkerRegistered,
 )
-from shared.records import Commit, Outcome, Records, Retention
-from shared.streams import Streams, connect, script
+from shared.store import keys
+from shared.store.records import Commit, Outcome, Records, Retention
+from shared.store.streams import Streams, connect, script
 
 CONTENT_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 

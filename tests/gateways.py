@@ -12,7 +12,7 @@ from openai import AsyncOpenAI
 
 from services.gateway.service import GatewayService
 from shared.settings import GatewaySettings
-from shared.streams import connect
+from shared.store.streams import connect
 
 
 @dataclass(frozen=True, kw_only=True)

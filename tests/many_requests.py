@@ -10,8 +10,8 @@ from collections import Counter
 import aiohttp
 from redis.asyncio import Redis
 
-from shared import keys
-from shared.records import Records
+from shared.store import keys
+from shared.store.records import Records
 
 SAMPLERS = ("ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "lcm")
 

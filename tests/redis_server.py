@@ -25,7 +25,7 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        """What `shared.streams.connect` and SYNERDIFF_REDIS_URL take."""
+        """What `shared.store.streams.connect` and SYNERDIFF_REDIS_URL take."""
         return f"unix://{self.folder}/redis.sock"
 
     def start(self) -> None:

@@ -16,9 +16,9 @@ from services.scheduler.service import SchedulerService
 from services.unet_worker.service import UnetWorkerService
 from services.vae_worker.service import VaeWorkerService
 from shared.messages import GenerateImage
-from shared.records import JobRecord, Records, RequestRecord
 from shared.service_main import Service
 from shared.settings import SchedulerSettings, UnetWorkerSettings, VaeWorkerSettings
+from shared.store.records import JobRecord, Records, RequestRecord
 
 
 @dataclass

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from shared.cuda_ipc import CudaExport
 from shared.errors import HandleLostError
-from shared.pool_file import sweep
-from shared.tensor_pool import TensorPool, TensorReader
+from shared.tensors.cuda_ipc import CudaExport
+from shared.tensors.pool import TensorPool
+from shared.tensors.pool_file import sweep
+from shared.tensors.reader import TensorReader
 
 HOST = "this-host"
 
@@ -67,7 +68,7 @@ class FakeGpu:
 def processes() -> ForkServerContext:
     """Real, unrelated processes that start fast: torch is imported once, in their server."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["shared.tensor_pool"])
+    context.set_forkserver_preload(["shared.tensors.pool"])
     return context
 
 

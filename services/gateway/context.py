@@ -13,8 +13,8 @@ from services.gateway.events import EventBoard
 from services.gateway.fleet import Fleet
 from services.gateway.fleet_watch import FleetWatch
 from services.gateway.generation import Generation
-from shared.records import Records
 from shared.settings import GatewaySettings
+from shared.store.records import Records
 
 
 @dataclass(slots=True, kw_only=True)

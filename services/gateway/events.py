@@ -15,11 +15,11 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from shared import keys
 from shared.logs import get_logger
 from shared.messages import RequestFinished, RequestProgress, RequestsProgressed
-from shared.records import FINAL_STATES, Records
-from shared.streams import MAX_BLOCK_MS, Streams
+from shared.store import keys
+from shared.store.records import FINAL_STATES, Records
+from shared.store.streams import MAX_BLOCK_MS, Streams
 
 SWEEP_INTERVAL_S = 2.0
 _SWEEP_BATCH = 256

@@ -11,10 +11,10 @@ from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError, RedisError
 
 from services.gateway.fleet import Fleet, StoreState, look, read_status
-from shared import keys
 from shared.errors import ProtocolError
 from shared.logs import get_logger
-from shared.registrations import readable_workers
+from shared.store import keys
+from shared.store.registrations import readable_workers
 
 LOOK_INTERVAL_S = 0.5
 _PROBE_TTL_MS = 60_000

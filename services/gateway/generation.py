@@ -26,7 +26,7 @@ from services.gateway.order import ImageOrder
 from shared.errors import OverloadedError
 from shared.logs import get_logger
 from shared.messages import GenerateImage
-from shared.records import JobRecord, Records, RequestRecord
+from shared.store.records import JobRecord, Records, RequestRecord
 
 _CANCEL_AGAIN_S = 0.5
 

@@ -12,7 +12,7 @@ from redis.exceptions import OutOfMemoryError, RedisError
 
 from services.gateway.replies import ErrorDetail, ErrorReply
 from shared.errors import InvalidRequestError, OverloadedError, ProtocolError
-from shared.records import RequestRecord
+from shared.store.records import RequestRecord
 
 STATUS_BY_FAILURE: Mapping[str, int] = {
     "cancelled": HTTPStatus.GONE,

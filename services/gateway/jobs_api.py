@@ -12,7 +12,7 @@ from aiohttp import web
 from services.gateway import replies
 from services.gateway.context import GATEWAY, Gateway
 from services.gateway.http_errors import failure, not_found, unavailable
-from shared.records import RequestRecord
+from shared.store.records import RequestRecord
 
 _POLL_AFTER_S = 1
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")

@@ -27,7 +27,7 @@ from services.gateway.order import (
 from services.gateway.request_body import read_body
 from services.gateway.validation import GenerationBody, parse_body
 from shared.logs import get_logger
-from shared.records import Outcome, RequestRecord
+from shared.store.records import Outcome, RequestRecord
 
 HEARTBEAT_S = 2.0
 """Longest silence of a stream: clients and proxies see that it is alive."""

@@ -16,8 +16,8 @@ from services.gateway.generation import Generation
 from services.gateway.http_server import HttpServer
 from shared.errors import ConfigurationError
 from shared.logs import get_logger
-from shared.records import Records
 from shared.settings import GatewaySettings
+from shared.store.records import Records
 from shared.tasks import TaskGroup, end_tasks
 
 _FLUSH_TIMEOUT_S = 5.0

@@ -23,7 +23,7 @@ from services.scheduler.shell.recovery import find_request
 from services.scheduler.shell.registrations import Registrations
 from services.scheduler.shell.status import describe, show_gauges
 from services.scheduler.shell.store_clock import StoreClock
-from shared import codec, keys, metrics
+from shared import codec, metrics
 from shared.errors import EpochEndedError, ProtocolError
 from shared.logs import get_logger
 from shared.messages import (
@@ -34,11 +34,12 @@ from shared.messages import (
     WorkerLost,
     WorkerRegistered,
 )
-from shared.patience import PatientRedis
 from shared.probe import READINESS
-from shared.records import FINAL_STATES, Records
 from shared.settings import SchedulerSettings
-from shared.streams import Entry, Streams, Writer, script
+from shared.store import keys
+from shared.store.patience import PatientRedis
+from shared.store.records import FINAL_STATES, Records
+from shared.store.streams import Entry, Streams, Writer, script
 
 LEASE_MS = 2_000
 HOUSEKEEPING_S = 0.5

@@ -14,12 +14,13 @@ from redis.asyncio import Redis
 
 from services.unet_worker.backends.protocol import Backend
 from services.unet_worker.denoising.denoiser import FinishedLatents
-from shared import codec, keys, metrics
+from shared import codec, metrics
 from shared.logs import get_logger
 from shared.messages import LatentsFinished, ReleaseLatents, TensorHandle
 from shared.settings import UnetWorkerSettings
-from shared.tensor_bytes import dtype_name, pack_tensor
-from shared.tensor_pool import TensorPool
+from shared.store import keys
+from shared.tensors.pool import TensorPool
+from shared.tensors.wire import dtype_name, pack_tensor
 from shared.watchdog import Watchdog
 from shared.worker import WorkerLink, run_beside
 

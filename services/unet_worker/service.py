@@ -20,8 +20,7 @@ from services.unet_worker.denoising.samplers import DEFAULT_SAMPLER
 from services.unet_worker.families.loading import load_family
 from services.unet_worker.families.protocol import Family
 from services.unet_worker.hand_over import HandOver
-from shared import keys, metrics
-from shared.cuda_ipc import gpu_ipc
+from shared import metrics
 from shared.device_lock import alone_on
 from shared.errors import ProtocolError, SynerDiffError
 from shared.logs import get_logger
@@ -46,8 +45,10 @@ from shared.messages import (
 )
 from shared.model_folder import check_model_folder, model_digest
 from shared.settings import UnetWorkerSettings, available_threads
+from shared.store import keys
 from shared.tasks import TaskGroup
-from shared.tensor_pool import TensorPool
+from shared.tensors.cuda_ipc import gpu_ipc
+from shared.tensors.pool import TensorPool
 from shared.watchdog import Patience, Watchdog
 from shared.worker import ComputeThread, WorkerLink, find_place, keep_helpers_serial, run_beside
 from shared.worker_id import make_incarnation, make_worker_id

@@ -10,7 +10,7 @@ from services.vae_worker.decode_queue import Decode
 from services.vae_worker.image_encoder import encode_image
 from shared import metrics
 from shared.messages import ImageDecoded, ReleaseLatents
-from shared.records import Commit, Outcome, Records
+from shared.store.records import Commit, Outcome, Records
 from shared.watchdog import Patience, Watchdog
 from shared.worker import run_beside
 

@@ -17,15 +17,15 @@ from services.vae_worker.latents_source import LatentsSource
 from services.vae_worker.model import Decoder
 from services.vae_worker.unet_beside import UnetBeside
 from shared import metrics
-from shared.cuda_ipc import gpu_ipc
 from shared.device import finish_work
 from shared.errors import HandleLostError, SynerDiffError
 from shared.logs import get_logger
 from shared.messages import ChunksDecoded, DecodeLatents, HandleLost, RequestFailed
-from shared.records import Records
 from shared.settings import VaeWorkerSettings
+from shared.store.records import Records
 from shared.tasks import TaskGroup
-from shared.tensor_pool import TensorReader
+from shared.tensors.cuda_ipc import gpu_ipc
+from shared.tensors.reader import TensorReader
 from shared.watchdog import Patience, Watchdog
 from shared.worker import ComputeThread, WorkerLink
 

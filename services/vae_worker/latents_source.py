@@ -12,8 +12,8 @@ from shared import metrics
 from shared.errors import HandleLostError
 from shared.logs import get_logger
 from shared.messages import DecodeLatents, TensorHandle
-from shared.tensor_bytes import unpack_tensor
-from shared.tensor_pool import TensorReader
+from shared.tensors.reader import TensorReader
+from shared.tensors.wire import unpack_tensor
 from shared.watchdog import Patience, Watchdog
 from shared.worker import run_beside
 

@@ -8,7 +8,7 @@ import time
 
 from shared.errors import HandleLostError
 from shared.messages import GrantChunks
-from shared.tensor_pool import TensorReader
+from shared.tensors.reader import TensorReader
 
 CHUNK_LEASE_NS = 2_000_000_000
 """A UNet worker gives way to a chunk for at most so long."""

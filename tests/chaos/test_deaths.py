@@ -17,8 +17,8 @@ from running_up import STOP_TIMEOUT_S, Up, is_gone
 from tiny_model import make_tiny_model
 
 from launch.stack import COMPILED_KERNEL_BYTES, NUM_COMPILED_KERNELS
-from shared import keys
-from shared.streams import connect
+from shared.store import keys
+from shared.store.streams import connect
 
 NUM_REQUESTS = 200
 VICTIMS = (

@@ -9,7 +9,8 @@ from typing import Any
 from redis.asyncio import Redis
 from running_services import Stack, num_done, stack
 
-from shared import codec, keys, metrics
+from shared import codec, metrics
+from shared.store import keys
 
 NUM_PICTURES = 12
 NUM_STEPS = 20

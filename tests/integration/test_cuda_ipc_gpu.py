@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.cuda_ipc import TorchIpc
 from shared.errors import HandleLostError
 from shared.messages import TensorHandle
-from shared.pool_file import sweep
-from shared.tensor_pool import TensorPool, TensorReader
+from shared.tensors.cuda_ipc import TorchIpc
+from shared.tensors.pool import TensorPool
+from shared.tensors.pool_file import sweep
+from shared.tensors.reader import TensorReader
 
 pytestmark = [
     pytest.mark.gpu,

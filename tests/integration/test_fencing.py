@@ -10,11 +10,11 @@ from redis.asyncio import Redis
 
 from services.scheduler.service import SchedulerService
 from services.scheduler.shell.registrations import Registrations
-from shared import keys
 from shared.errors import EpochEndedError
 from shared.messages import BeginEpoch, CommitRefused, ImageDecoded
-from shared.records import Commit, Outcome, Records, Retention
-from shared.streams import Streams, Writer, script
+from shared.store import keys
+from shared.store.records import Commit, Outcome, Records, Retention
+from shared.store.streams import Streams, Writer, script
 
 OLD, NEW = 5, 6
 WORK = keys.work("w")

@@ -15,11 +15,11 @@ from redis_server import RedisServer
 from services.gateway.fleet import MAX_MEMORY_FRACTION
 from services.gateway.fleet_watch import FleetWatch
 from services.scheduler.service import SchedulerService
-from shared import keys
 from shared.messages import ImageDecoded
-from shared.patience import StorePatience
-from shared.records import Commit, Outcome, Records
-from shared.streams import Streams, connect
+from shared.store import keys
+from shared.store.patience import StorePatience
+from shared.store.records import Commit, Outcome, Records
+from shared.store.streams import Streams, connect
 
 OUTCOME = Outcome(content_type="image/png", size_bytes=1, seed=1)
 

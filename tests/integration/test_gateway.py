@@ -18,9 +18,9 @@ from redis_server import RedisServer
 
 from services.gateway.order import limits_of, order_images
 from services.gateway.validation import GenerationBody
-from shared import keys
-from shared.records import Records, Retention
 from shared.settings import GatewaySettings
+from shared.store import keys
+from shared.store.records import Records, Retention
 
 GENERATIONS = "/v1/images/generations"
 BODY = {"prompt": "a cat"}

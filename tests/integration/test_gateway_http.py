@@ -18,7 +18,7 @@ from redis_server import RedisServer
 from services.gateway.service import GatewayService
 from shared.errors import ConfigurationError
 from shared.settings import GatewaySettings
-from shared.streams import connect
+from shared.store.streams import connect
 
 GENERATIONS = "/v1/images/generations"
 BODY = b'{"prompt": "a cat", "num_inference_steps": 1}'

@@ -11,8 +11,8 @@ from fake_backend import FakeBackend, write_status
 from gateways import RunningGateway
 from redis_server import RedisServer
 
-from shared import keys
 from shared.messages import GenerateImage
+from shared.store import keys
 
 PICTURE_S = 0.05
 TIMEOUT_S = 6.0

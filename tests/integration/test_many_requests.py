@@ -14,7 +14,7 @@ from PIL import Image
 from running_up import Up
 from tiny_model import make_tiny_model
 
-from shared.streams import connect
+from shared.store.streams import connect
 
 NUM_REQUESTS = 500
 REFUSED = (

@@ -10,8 +10,9 @@ from redis.asyncio import Redis
 
 from bench.poison import Poisons
 from services.scheduler.service import SchedulerService
-from shared import keys, metrics
-from shared.records import Records
+from shared import metrics
+from shared.store import keys
+from shared.store.records import Records
 
 POISONS = Poisons(request=request("bad"), worker="g0-unet")
 

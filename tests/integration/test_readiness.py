@@ -11,7 +11,8 @@ from scheduler_world import make_worker
 
 from cli.readiness import StartWatch
 from launch.stack import Stack
-from shared import codec, keys
+from shared import codec
+from shared.store import keys
 
 
 async def test_an_unreadable_registration_does_not_hide_the_others(

@@ -11,10 +11,10 @@ from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError
 from redis_server import RedisServer
 
-from shared import keys
 from shared.messages import GenerateImage, ImageDecoded
-from shared.records import Commit, JobRecord, Outcome, Records
-from shared.streams import connect
+from shared.store import keys
+from shared.store.records import Commit, JobRecord, Outcome, Records
+from shared.store.streams import connect
 
 
 @pytest.fixture

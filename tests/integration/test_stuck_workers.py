@@ -19,9 +19,10 @@ from services.unet_worker.service import UnetWorkerService
 from services.vae_worker import committer
 from services.vae_worker.chunk_runner import ChunkRunner
 from services.vae_worker.service import VaeWorkerService
-from shared import keys, messages
+from shared import messages
 from shared.probe import READINESS
 from shared.settings import UnetWorkerSettings, VaeWorkerSettings
+from shared.store import keys
 from shared.watchdog import Watchdog
 
 CHOSEN: dict[str, Any] = {

@@ -15,8 +15,9 @@ import torch
 from tensor_pools import HOST
 
 from shared.errors import HandleLostError
-from shared.pool_file import sweep
-from shared.tensor_pool import TensorPool, TensorReader
+from shared.tensors.pool import TensorPool
+from shared.tensors.pool_file import sweep
+from shared.tensors.reader import TensorReader
 
 NUM_RACES = 300
 Start = Callable[..., tuple[ForkServerProcess, Connection]]

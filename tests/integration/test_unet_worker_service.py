@@ -16,10 +16,11 @@ from redis.asyncio import Redis
 
 from services.unet_worker.denoising.denoiser import Denoiser
 from services.unet_worker.service import UnetWorkerService
-from shared import keys, messages
+from shared import messages
 from shared.settings import UnetWorkerSettings, WorkerSettings
-from shared.streams import Streams
-from shared.tensor_bytes import unpack_tensor
+from shared.store import keys
+from shared.store.streams import Streams
+from shared.tensors.wire import unpack_tensor
 from shared.watchdog import Watchdog
 from shared.worker import WorkerLink
 

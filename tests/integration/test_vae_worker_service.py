@@ -21,11 +21,12 @@ from services.vae_worker.committer import Committer
 from services.vae_worker.decode_queue import Decode, PendingGrant
 from services.vae_worker.service import VaeWorkerService
 from services.vae_worker.unet_beside import NEXT_CHUNK_NS
-from shared import keys, messages
+from shared import messages
 from shared.settings import VaeWorkerSettings
-from shared.streams import Streams
-from shared.tensor_bytes import pack_tensor
-from shared.tensor_pool import TensorPool
+from shared.store import keys
+from shared.store.streams import Streams
+from shared.tensors.pool import TensorPool
+from shared.tensors.wire import pack_tensor
 
 ATTEMPT = "1-1"
 EPOCH = 1

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tensor_pools import HOST, FakeGpu
 
-from shared.cuda_ipc import GpuIpc
 from shared.errors import HandleLostError
 from shared.messages import TensorHandle
-from shared.pool_file import sweep
-from shared.tensor_pool import TensorPool, TensorReader
+from shared.tensors.cuda_ipc import GpuIpc
+from shared.tensors.pool import TensorPool
+from shared.tensors.pool_file import sweep
+from shared.tensors.reader import TensorReader
 
 NUM_SLOTS = 3
 SLOT_BYTES = 64

@@ -10,7 +10,17 @@ from image_parameters import PARAMETERS
 
 from shared import codec
 from shared.errors import ProtocolError
-from shared.messages import GenerateImage, RowReport, SlotDenoised, WorkerRegistered
+from shared.messages import (
+    BeginEpoch,
+    CancelDecode,
+    GenerateImage,
+    ReleaseRequest,
+    RequestFinished,
+    RowReport,
+    SlotDenoised,
+    WorkerRegistered,
+)
+from shared.store.records import Outcome
 
 REQUEST = GenerateImage(
     request_id="a",
@@ -59,3 +69,24 @@ def test_what_peers_send_is_read(message: Any) -> None:
 def test_what_no_peer_sends_is_refused(message: Any) -> None:
     with pytest.raises(ProtocolError):
         codec.decode(codec.encode(message))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        SlotDenoised(incarnation="w", epoch=-1, seq=1, duration_ms=2, rows=()),
+        ReleaseRequest(epoch=-1, request_id="a", attempt="1-1"),
+        CancelDecode(epoch=-1, request_id="a", attempt="1-1"),
+        BeginEpoch(epoch=-1),
+        RequestFinished(request_id="", state="done"),
+    ],
+)
+def test_ranges_hold_for_every_recipient(message: Any) -> None:
+    with pytest.raises(ProtocolError):
+        codec.decode(codec.encode(message))
+
+
+def test_ranges_hold_for_records() -> None:
+    outcome = Outcome(content_type="image/png", size_bytes=-1, seed=1)
+    with pytest.raises(ProtocolError):
+        codec.decode_value(codec.encode_value(outcome), Outcome)

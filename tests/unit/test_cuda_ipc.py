@@ -14,13 +14,14 @@ import torch
 from tensor_pools import HOST, FakeGpu
 from torch.multiprocessing import reductions
 
-from shared import cuda_ipc
 from shared.codec import decode_value, encode_value
-from shared.cuda_exports import CELL_BYTES, NUM_CELLS
-from shared.cuda_ipc import CudaExport, rebuild_arguments, refuse_expandable_segments
 from shared.errors import ConfigurationError, HandleLostError
 from shared.messages import TensorHandle
-from shared.tensor_pool import TensorPool, TensorReader
+from shared.tensors import cuda_ipc
+from shared.tensors.cuda_exports import CELL_BYTES, NUM_CELLS
+from shared.tensors.cuda_ipc import CudaExport, rebuild_arguments, refuse_expandable_segments
+from shared.tensors.pool import TensorPool
+from shared.tensors.reader import TensorReader
 
 EXPORT = CudaExport(
     storage_handle=bytes(range(66)),

@@ -13,7 +13,8 @@ from services.vae_worker.compute_pool import ComputePool
 from services.vae_worker.decode_queue import GRANT_WAIT_S, DecodeQueue
 from services.vae_worker.unet_beside import UnetBeside
 from shared.messages import CancelDecode, DecodeLatents, GrantChunks, TensorHandle
-from shared.tensor_pool import TensorPool, TensorReader
+from shared.tensors.pool import TensorPool
+from shared.tensors.reader import TensorReader
 from shared.watchdog import Watchdog
 
 HANDLE = TensorHandle(

@@ -10,7 +10,7 @@ from redis.exceptions import OutOfMemoryError
 from services.gateway.http_errors import failure, from_exception
 from shared.errors import InvalidRequestError, OverloadedError
 from shared.messages import GenerateImage
-from shared.records import RequestRecord
+from shared.store.records import RequestRecord
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from cli.__main__ import app
 from cli.pairs import pair_up
-from shared import codec, keys
+from shared import codec
 from shared.messages import WorkerInfo
+from shared.store import keys
 
 UNET = replace(make_worker("unet", "unet-0", "u"), host="boot.1-2.u0", pool="synerdiff-u")
 VAE = replace(make_worker("vae", "vae-0", "v"), host="boot.1-2.u0")

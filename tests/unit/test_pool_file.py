@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from shared import pool_file
 from shared.errors import ConfigurationError, HandleLostError
-from shared.pool_file import create_pool_file, is_owner_alive, open_pool_file, sweep
-from shared.pool_layout import PoolLayout
+from shared.tensors import pool_file
+from shared.tensors.layout import PoolLayout
+from shared.tensors.pool_file import create_pool_file, is_owner_alive, open_pool_file, sweep
 
 LAYOUT = PoolLayout(num_slots=3, slot_bytes=5000)
 

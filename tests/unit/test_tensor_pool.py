@@ -10,9 +10,10 @@ import torch
 from tensor_pools import HOST
 
 from shared.errors import ConfigurationError, HandleLostError
-from shared.slot_memory import MappedSlots
-from shared.tensor_bytes import DTYPES, pack_tensor, unpack_tensor
-from shared.tensor_pool import TensorPool, TensorReader
+from shared.tensors.pool import TensorPool
+from shared.tensors.reader import TensorReader
+from shared.tensors.slot_memory import MappedSlots
+from shared.tensors.wire import DTYPES, pack_tensor, unpack_tensor
 
 
 @pytest.fixture
@@ -213,7 +214,7 @@ def test_a_reader_says_until_when_its_chunks_run(pool, reader) -> None:
 
 def test_a_reader_does_not_end_the_chunks_of_another(pool, directory, monkeypatch) -> None:
     numbers = iter([3, 4])
-    monkeypatch.setattr("shared.tensor_reader.secrets.randbelow", lambda _: next(numbers))
+    monkeypatch.setattr("shared.tensors.reader.secrets.randbelow", lambda _: next(numbers))
     first, second = (TensorReader(host=pool.host, directory=directory) for _ in range(2))
     first.note_chunks(pool.name, until_ns=1_000)
     second.note_chunks(pool.name, until_ns=2_000)

@@ -24,7 +24,8 @@ from services.scheduler.core.placement import (
 from services.scheduler.core.state import AT_UNET, Request, Stage, VaeWorker
 from services.scheduler.planning.order import by_fair_share
 from services.scheduler.planning.policy import Policy
-from shared import keys, messages
+from shared import messages
+from shared.store import keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,9 @@ from typing import Any, cast
 
 from redis.asyncio import Redis
 
-from shared import keys, metrics
+from shared import metrics
 from shared.logs import get_logger
+from shared.store import keys
 
 _OF_A_WORKER = keys.worker("")
 _BATCH = 256

@@ -22,7 +22,7 @@ from services.scheduler.core.events import AttemptRefused, Event
 from services.scheduler.devices.profile import Profile
 from services.scheduler.shell.kept_profiles import KeptProfiles
 from services.scheduler.shell.registrations import Registrations
-from shared import codec, keys, metrics
+from shared import codec, metrics
 from shared.logs import get_logger
 from shared.messages import (
     DenoiseSlot,
@@ -31,8 +31,9 @@ from shared.messages import (
     RequestsProgressed,
     ToScheduler,
 )
-from shared.records import Records
-from shared.streams import Buried, Streams
+from shared.store import keys
+from shared.store.records import Records
+from shared.store.streams import Buried, Streams
 
 PROGRESS_S = 0.1
 """Between two reports of progress: each slot would be more than anybody can watch."""

@@ -8,10 +8,10 @@ from redis.asyncio import Redis
 
 from services.scheduler.devices.profile import Profile
 from services.scheduler.devices.profile_file import format_profile, parse_profile
-from shared import keys
 from shared.errors import ConfigurationError
 from shared.logs import get_logger
-from shared.streams import Writer
+from shared.store import keys
+from shared.store.streams import Writer
 
 KEEP_S = 7 * 86_400
 """After a week without a new one they are measured again: devices and their neighbours change."""

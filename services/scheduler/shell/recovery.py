@@ -8,11 +8,12 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from services.scheduler.core.events import RequestRecovered
-from shared import codec, keys
+from shared import codec
 from shared.errors import ProtocolError
 from shared.logs import get_logger
 from shared.messages import GenerateImage, LatentsFinished
-from shared.records import Records
+from shared.store import keys
+from shared.store.records import Records
 
 log = get_logger()
 

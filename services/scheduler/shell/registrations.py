@@ -6,11 +6,12 @@ from typing import Any, cast
 
 from redis.asyncio import Redis
 
-from shared import codec, keys
+from shared import codec
 from shared.errors import ProtocolError
 from shared.logs import get_logger
 from shared.messages import WorkerInfo
-from shared.streams import Writer, script
+from shared.store import keys
+from shared.store.streams import Writer, script
 
 log = get_logger()
 

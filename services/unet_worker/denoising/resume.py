@@ -10,10 +10,11 @@ from redis.asyncio import Redis
 
 from services.unet_worker.denoising.guidance import GuidanceRecord
 from services.unet_worker.denoising.latents import ResumeState
-from shared import codec, keys
+from shared import codec
 from shared.errors import HandleLostError, ProtocolError
 from shared.messages import ImageParameters
-from shared.tensor_bytes import pack_tensor, unpack_tensor
+from shared.store import keys
+from shared.tensors.wire import pack_tensor, unpack_tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

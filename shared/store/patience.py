@@ -28,7 +28,7 @@ log = get_logger()
 
 
 def is_pause(error: Exception) -> bool:
-    """Whether the store refuses a command for now, whatever the command."""
+    """Return whether the store refuses a command for now, whatever the command."""
     if isinstance(error, OutOfMemoryError | ReadOnlyError | BusyLoadingError):
         return True
     return isinstance(error, ResponseError) and str(error).startswith(_PAUSES)
@@ -50,11 +50,11 @@ class StorePatience:
         self._gives_up_at = min(self._gives_up_at, time.monotonic() + seconds)
 
     def seconds_since_pause(self) -> float:
-        """How long the store has been taking commands again; infinite if it always has."""
+        """Return for how long the store has taken commands again; infinite if it always has."""
         return 0.0 if self._num_waiting else time.monotonic() - self._resumed_at
 
     async def wait_for(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """What the attempt returns, made again while the store is paused.
+        """Return what the attempt returns, made again while the store is paused.
 
         Raises:
             RedisError: As the attempt does, and what the store said when patience has ended.

@@ -21,7 +21,7 @@ from typing import Final
 
 from shared.errors import ConfigurationError, HandleLostError
 from shared.host import SHM_DIRECTORY
-from shared.pool_layout import PAGE_BYTES, PoolFile, PoolLayout, read_companion, read_layout
+from shared.tensors.layout import PAGE_BYTES, PoolFile, PoolLayout, read_companion, read_layout
 
 PREFIX: Final = "synerdiff-"
 
@@ -32,7 +32,7 @@ _OPEN_FLAGS: Final = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def pool_name(owner: str) -> str:
-    """The name of an incarnation's pool.
+    """Return the name of an incarnation's pool.
 
     Raises:
         ConfigurationError: The incarnation would make no file name.
@@ -68,7 +68,7 @@ def create_pool_file(
     device: str = "cpu",
     directory: Path = SHM_DIRECTORY,
 ) -> OwnedPoolFile:
-    """A new pool file, all its memory reserved, locked by this process, readable by its user only.
+    """Return a new pool file, its memory reserved, locked by us, readable by its user only.
 
     Raises:
         ConfigurationError: It exists, or the directory is missing, full, or closed to us.
@@ -89,7 +89,7 @@ def create_pool_file(
 
 
 def open_pool_file(name: str, *, host: str, directory: Path = SHM_DIRECTORY) -> PoolFile:
-    """Another process's pool, mapped for reading, after every check of its file and header.
+    """Return another process's pool, mapped for reading, its file and header checked.
 
     Raises:
         HandleLostError: No such file, not ours to trust, or of another host, version or size.
@@ -116,7 +116,7 @@ def open_pool_file(name: str, *, host: str, directory: Path = SHM_DIRECTORY) -> 
 
 
 def pool_path(name: str, directory: Path) -> Path:
-    """Where a pool lies that a message names.
+    """Return where a pool lies that a message names.
 
     Raises:
         HandleLostError: That is no pool's name, or an attempt at some other file.
@@ -127,7 +127,7 @@ def pool_path(name: str, directory: Path) -> Path:
 
 
 def is_owner_alive(file: PoolFile) -> bool:
-    """Whether somebody still holds a pool's lock."""
+    """Return whether somebody still holds a pool's lock."""
     try:
         descriptor = os.open(file.path, os.O_RDONLY | _OPEN_FLAGS)
     except OSError:
@@ -142,7 +142,7 @@ def is_owner_alive(file: PoolFile) -> bool:
 
 
 def sweep(directory: Path = SHM_DIRECTORY) -> tuple[str, ...]:
-    """Unlink the pools of this user whose owner is dead, and what they left behind; their names.
+    """Unlink this user's pools whose owner is dead, and what they left; return their names.
 
     A live owner's file, another user's, and anything that is no regular file stay. Safe to run at
     any time, by anybody, by several at once; readers keep what they have mapped.
@@ -160,7 +160,7 @@ def _is_ours(status: os.stat_result) -> bool:
 
 
 def _create_locked(path: Path) -> int:
-    """A new file with its lock held. A sweeper may take it before it is locked: then once more."""
+    """Return a new file, locked. A sweeper may take it before it is locked: then once more."""
     while True:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | _OPEN_FLAGS, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -45,16 +45,16 @@ class GpuIpc(Protocol):
 
     @property
     def device(self) -> str:
-        """Device identity (`shared.host`) of the GPU whose memory this allocates and opens."""
+        """Return the identity (`shared.host`) of the GPU whose memory this allocates and opens."""
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
-        """Fresh memory, uint8, flat, that can be exported."""
+        """Return fresh memory, uint8, flat, that can be exported."""
 
     def export(self, memory: torch.Tensor) -> CudaExport:
-        """Export allocated memory once more."""
+        """Return another export of allocated memory."""
 
     def open(self, export: CudaExport) -> torch.Tensor:
-        """Another process's memory, uint8, flat; dropping the tensor closes it.
+        """Return another process's memory, uint8, flat; dropping the tensor closes it.
 
         Raises:
             HandleLostError: It can't be opened.
@@ -85,15 +85,15 @@ class TorchIpc:
 
     @property
     def device(self) -> str:
-        """Device identity of the GPU: the same in every process that may open its memory."""
+        """Return the GPU's identity, the same in every process that may open its memory."""
         return self._identity
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
-        """Fresh memory, uint8, flat, that can be exported."""
+        """Return fresh memory, uint8, flat, that can be exported."""
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     def export(self, memory: torch.Tensor) -> CudaExport:
-        """Export allocated memory once more. PyTorch keeps it alive until every user is gone."""
+        """Return another export of our memory, which PyTorch keeps until every user is gone."""
         storage: Any = memory.untyped_storage()
         with torch.cuda.device(self._device):
             (
@@ -117,7 +117,7 @@ class TorchIpc:
         )
 
     def open(self, export: CudaExport) -> torch.Tensor:
-        """Another process's memory on this GPU, under this process's ordinal for it.
+        """Return another process's memory on this GPU, under this process's ordinal for it.
 
         Raises:
             HandleLostError: CUDA refuses: the exporter is gone, is this process, or can't be seen.
@@ -142,7 +142,7 @@ class TorchIpc:
 
 
 def rebuild_arguments(export: CudaExport, device_index: int) -> dict[str, Any]:
-    """What `rebuild_cuda_tensor` takes to open an export on this process's GPU of that ordinal."""
+    """Return `rebuild_cuda_tensor`'s arguments to open an export on our GPU of that ordinal."""
     return {
         "tensor_cls": torch.Tensor,
         "tensor_size": torch.Size([export.storage_bytes]),
@@ -163,7 +163,7 @@ def rebuild_arguments(export: CudaExport, device_index: int) -> dict[str, Any]:
 
 
 def gpu_ipc(device: torch.device) -> TorchIpc | None:
-    """What shares a device's memory; None on a CPU, whose pools lie in shared memory.
+    """Return what shares a device's memory; None on a CPU, whose pools lie in shared memory.
 
     Raises:
         ConfigurationError: The allocator is set to expandable segments.
@@ -172,7 +172,7 @@ def gpu_ipc(device: torch.device) -> TorchIpc | None:
 
 
 def gpu_uuid(device: torch.device) -> str:
-    """The GPU's UUID, which is the same in every process, unlike its ordinal."""
+    """Return the GPU's UUID, which is the same in every process, unlike its ordinal."""
     properties: Any = torch.cuda.get_device_properties(device)
     return str(properties.uuid)
 

@@ -1,4 +1,4 @@
--- What the scripts share; `shared.streams.script` puts it ahead of each, with the names of the keys.
+-- What the scripts share; `shared.store.streams.script` puts it ahead of each, with the keys' names.
 
 local MAX_DEAD_LETTERS = 1000
 local MAX_DEAD_LETTER_BYTES = 16384

@@ -26,10 +26,11 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from shared import codec, keys
+from shared import codec
 from shared.errors import EpochEndedError, ProtocolError
 from shared.messages import Message, RequestFinished
-from shared.patience import PatientRedis, StorePatience
+from shared.store import keys
+from shared.store.patience import PatientRedis, StorePatience
 
 SOCKET_TIMEOUT_S = 10.0
 """Above any BLOCK we use, or an idle blocking read would look like a dead server."""
@@ -46,7 +47,7 @@ MAX_BLOCK_MS = 1_000
 
 
 def connect(url: str, *, max_connections: int = 32, is_patient: bool = True) -> PatientRedis:
-    """A client that rides out a server restart: every command is retried for about half a minute.
+    """Return a client that rides out a server restart: it retries a command for half a minute.
 
     Retrying is safe because every message is idempotent for its receiver. With all connections in
     use a command waits for one. While the store is full or otherwise paused, a patient client
@@ -71,8 +72,8 @@ def connect(url: str, *, max_connections: int = 32, is_patient: bool = True) -> 
 
 @cache
 def _source(name: str) -> str:
-    """A script, the part that all share and the names of the keys behind its first line."""
-    folder = resources.files("shared").joinpath("lua")
+    """Return a script, behind its first line what all share and the names of the keys."""
+    folder = resources.files("shared.store").joinpath("lua")
     flags, _, body = folder.joinpath(f"{name}.lua").read_text().partition("\n")
     names = "\n".join(f"local {key} = '{getattr(keys, key)}'" for key in _KEYS_IN_SCRIPTS)
     return f"{flags}\n{names}\n{folder.joinpath('common.lua').read_text()}\n{body}"
@@ -92,7 +93,7 @@ _KEYS_IN_SCRIPTS = (
 
 
 def script(redis: Redis, name: str) -> AsyncScript:
-    """The Lua script `shared/lua/NAME.lua`, bound to a client."""
+    """Return the Lua script `shared/store/lua/NAME.lua`, bound to a client."""
     return redis.register_script(_source(name))
 
 
@@ -114,7 +115,7 @@ class Writer:
         self.epoch = "" if epoch is None else str(epoch)
 
     async def write(self, *commands: Command) -> Any:
-        """The answer to the last command.
+        """Carry out commands; return the answer to the last.
 
         Raises:
             EpochEndedError: Nothing was written.
@@ -124,7 +125,7 @@ class Writer:
         return await self.call(self._write, args=[self.epoch, payload])
 
     async def call(self, lua: AsyncScript, *, args: Sequence[Any], keys: Sequence[str] = ()) -> Any:
-        """The answer of a script that names the writer's epoch among its arguments.
+        """Run a script that takes the writer's epoch among its arguments; return its answer.
 
         Raises:
             EpochEndedError: Nothing was written.
@@ -222,7 +223,7 @@ class Streams:
         block_ms: int | None = None,
         kinds: Mapping[str, tuple[type, ...]] | None = None,
     ) -> list[Entry]:
-        """As `read_all`, without what was parked."""
+        """Return what `read_all` does, without what was parked."""
         reading = await self.read_all(positions, count=count, block_ms=block_ms, kinds=kinds)
         return reading.entries
 
@@ -234,7 +235,7 @@ class Streams:
         block_ms: int | None = None,
         kinds: Mapping[str, tuple[type, ...]] | None = None,
     ) -> Reading:
-        """Entries after the given position of each stream, oldest first within a stream.
+        """Return the entries after the given position of each stream, oldest first within it.
 
         An entry that can't be decoded, or that is no message for its stream, is moved to the dead
         letters; so is a key that is no stream.
@@ -278,7 +279,7 @@ class Streams:
     async def bury(
         self, stream: str, entry_id: str, fields: Mapping[bytes, bytes], reason: str
     ) -> Buried:
-        """Park an entry that nobody can handle; a request of `keys.REQUESTS` fails with it."""
+        """Park an entry that nobody can handle; return it, and whether its request failed."""
         payload = fields.get(b"m", b"")
         request_id = ""
         if stream == keys.REQUESTS:

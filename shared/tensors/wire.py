@@ -25,7 +25,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a dtype on the wire.
+    """Return the name of a dtype on the wire.
 
     Raises:
         ValueError: Latents never have this dtype.
@@ -37,7 +37,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def num_bytes(shape: Sequence[int], dtype: str) -> int:
-    """Bytes of a dense tensor, from what a message claims.
+    """Return the bytes of a dense tensor, from what a message claims.
 
     Raises:
         HandleLostError: An unknown dtype, no dimension, or a dimension below 1.
@@ -50,13 +50,13 @@ def num_bytes(shape: Sequence[int], dtype: str) -> int:
 
 
 def as_bytes(tensor: torch.Tensor) -> Bytes:
-    """A dense CPU tensor's own memory, shared, not copied."""
+    """Return a dense CPU tensor's own memory, shared, not copied."""
     flat: Any = tensor.detach().reshape(-1).view(torch.uint8)
     return flat.numpy()  # type: ignore[no-any-return]
 
 
 def pack_tensor(tensor: torch.Tensor) -> bytes:
-    """A tensor's values as bytes, C order, the machine's byte order (little endian everywhere).
+    """Return a tensor's values, C order, the machine's byte order (little endian everywhere).
 
     Raises:
         ValueError: Latents never have this dtype.
@@ -66,7 +66,7 @@ def pack_tensor(tensor: torch.Tensor) -> bytes:
 
 
 def unpack_tensor(payload: bytes, shape: Sequence[int], dtype: str) -> torch.Tensor:
-    """The tensor that `pack_tensor` packed: on the CPU, writable, owned by the caller.
+    """Return the tensor that `pack_tensor` packed: on the CPU, writable, the caller's own.
 
     Raises:
         HandleLostError: The bytes are not of this shape and dtype, or those are no tensor's.

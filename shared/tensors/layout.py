@@ -68,27 +68,27 @@ class PoolLayout:
 
     @property
     def exports_at(self) -> int:
-        """Offset of the table of exports."""
+        """Return the offset of the table of exports."""
         return _pages(PAGE_BYTES + self.num_slots * _LINE_BYTES)
 
     @property
     def data_at(self) -> int:
-        """Offset of the first slot."""
+        """Return the offset of the first slot."""
         return self.exports_at + _pages(self.exports_bytes)
 
     @property
     def slot_stride(self) -> int:
-        """Bytes from one slot to the next, in the file or on the GPU: whole pages."""
+        """Return the bytes from one slot to the next, in the file or on the GPU: whole pages."""
         return _pages(self.slot_bytes)
 
     @property
     def data_bytes(self) -> int:
-        """Size of all slots."""
+        """Return the size of all slots."""
         return self.num_slots * self.slot_stride
 
     @property
     def file_bytes(self) -> int:
-        """Size of the file."""
+        """Return the size of the file."""
         return self.data_at + (0 if self.exports_bytes else self.data_bytes)
 
 
@@ -125,22 +125,22 @@ class PoolFile:
 
     @property
     def host(self) -> str:
-        """The host identity that the owner wrote."""
+        """Return the host identity that the owner wrote."""
         return self._text(_HOST_AT)
 
     @property
     def owner(self) -> str:
-        """The owner's incarnation."""
+        """Return the owner's incarnation."""
         return self._text(_OWNER_AT)
 
     @property
     def device(self) -> str:
-        """The device identity of the memory that holds the data: "cpu" for the file itself."""
+        """Return the device whose memory holds the data: "cpu" for the file itself."""
         return self._text(_DEVICE_AT)
 
     @property
     def companion(self) -> str:
-        """A file beside this one that goes when a sweeper takes this one; empty for none."""
+        """Return the file that a sweeper takes along with this one; empty for none."""
         return self._text(_COMPANION_AT)
 
     @companion.setter
@@ -149,7 +149,7 @@ class PoolFile:
 
     @property
     def running_seq(self) -> int:
-        """The seq of the slot that the owner is running or last ran, -1 before the first."""
+        """Return the seq of the slot that the owner runs or last ran, -1 before the first."""
         return self._words[_SEQ_WORD]
 
     @running_seq.setter
@@ -158,18 +158,18 @@ class PoolFile:
 
     @property
     def chunks_until_ns(self) -> int:
-        """Until when consumers' chunks run beside the owner's slots, as they said last.
+        """Return until when consumers' chunks run beside the owner's slots, as they said last.
 
         On the host's monotonic clock, so that those of a consumer that died are over soon.
         """
         return max(self._header[_FIRST_CHUNKS_WORD : _FIRST_CHUNKS_WORD + NUM_CONSUMER_WORDS])
 
     def note_chunks(self, consumer: int, until_ns: int) -> None:
-        """A consumer's chunks run until then; consumer: below `NUM_CONSUMER_WORDS`."""
+        """Say until when a consumer's chunks run; consumer: below `NUM_CONSUMER_WORDS`."""
         self._header[_FIRST_CHUNKS_WORD + consumer] = until_ns
 
     def generation(self, slot: int) -> int:
-        """What may be read in a slot: a publication's number, 0 for nothing."""
+        """Return what may be read in a slot: a publication's number, 0 for nothing."""
         return self._words[_line(slot)]
 
     def set_generation(self, slot: int, generation: int) -> None:
@@ -177,7 +177,7 @@ class PoolFile:
         self._words[_line(slot)] = generation
 
     def published_bytes(self, slot: int) -> int:
-        """Bytes of the publication whose generation the slot names."""
+        """Return the bytes of the publication whose generation the slot names."""
         return self._words[_line(slot) + 1]
 
     def set_published_bytes(self, slot: int, num_bytes: int) -> None:
@@ -185,12 +185,12 @@ class PoolFile:
         self._words[_line(slot) + 1] = num_bytes
 
     def slot_data(self, slot: int) -> Bytes:
-        """The bytes of a slot, shared. Only in a CPU pool."""
+        """Return the bytes of a slot, shared. Only in a CPU pool."""
         start = self.layout.data_at + slot * self.layout.slot_stride
         return self._bytes[start : start + self.layout.slot_bytes]
 
     def is_linked(self) -> bool:
-        """Whether the file is still there; if not, its owner closed it or somebody swept it."""
+        """Return whether the file is still there; its owner or a sweeper may have unlinked it."""
         try:
             return self.path.stat().st_ino == self._inode
         except OSError:
@@ -222,7 +222,7 @@ class PoolFile:
 
 
 def read_layout(memory: mmap.mmap, name: str) -> PoolLayout:
-    """The sizes that a mapped file's header claims, checked against its length (at least a page).
+    """Return the sizes that a mapped header claims, checked against the file's length.
 
     Raises:
         HandleLostError: It is no pool of this version, half made, or its sizes don't fit.
@@ -243,7 +243,7 @@ def read_layout(memory: mmap.mmap, name: str) -> PoolLayout:
 
 
 def read_companion(descriptor: int) -> str:
-    """`PoolFile.companion` of an open file of any kind; empty unless it is a pool of ours."""
+    """Return `PoolFile.companion` of an open file of any kind; empty unless it is our pool."""
     raw = os.pread(descriptor, PAGE_BYTES, 0)
     if int.from_bytes(raw[:_WORD_BYTES], sys.byteorder) != _MAGIC:
         return ""

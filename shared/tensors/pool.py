@@ -1,9 +1,9 @@
 """Tensors between processes: a producer's fixed slots, for consumers to copy out of.
 
 Producer (here): `acquire` a slot, `publish` a tensor in it (copies in, then says so), hear of its
-`release`, or let it `expire`. Consumer (`tensor_reader`): generation, copy, generation again; a
-difference is a `HandleLostError` and never a torn tensor. `pool_layout` says what lies where,
-`pool_file` who owns it, `slot_memory` how it is copied, `tensor_bytes` how tensors go inline.
+`release`, or let it `expire`. Consumer (`reader`): generation, copy, generation again; a
+difference is a `HandleLostError` and never a torn tensor. `layout` says what lies where,
+`pool_file` who owns it, `slot_memory` how it is copied, `wire` how tensors go inline.
 """
 
 from __future__ import annotations
@@ -15,17 +15,14 @@ from typing import Final
 
 import torch
 
-from shared.cuda_exports import TABLE_BYTES, PoolExports
-from shared.cuda_ipc import GpuIpc
 from shared.host import SHM_DIRECTORY, host_identity
 from shared.messages import TensorHandle
-from shared.pool_file import create_pool_file, pool_name
-from shared.pool_layout import PoolLayout, fence
-from shared.slot_memory import GpuSlots, MappedSlots, SlotMemory
-from shared.tensor_bytes import dtype_name
-from shared.tensor_reader import TensorReader
-
-__all__ = ["TensorPool", "TensorReader"]
+from shared.tensors.cuda_exports import TABLE_BYTES, PoolExports
+from shared.tensors.cuda_ipc import GpuIpc
+from shared.tensors.layout import PoolLayout, fence
+from shared.tensors.pool_file import create_pool_file, pool_name
+from shared.tensors.slot_memory import GpuSlots, MappedSlots, SlotMemory
+from shared.tensors.wire import dtype_name
 
 DEFAULT_TIMEOUT_S: Final = 600.0
 
@@ -103,11 +100,11 @@ class TensorPool:
 
     @property
     def num_free(self) -> int:
-        """Slots that `acquire` could hand out now."""
+        """Return how many slots `acquire` could hand out now."""
         return len(self._free)
 
     def acquire(self) -> int | None:
-        """A slot for `publish` or `abandon`; None when all are taken: wait, and finish nothing."""
+        """Return a slot for `publish` or `abandon`; None while all are taken, to wait for."""
         with self._lock:
             if not self._free:
                 return None
@@ -129,7 +126,7 @@ class TensorPool:
     def publish(
         self, slot: int, tensor: torch.Tensor, *, now: float, inline_key: str = ""
     ) -> TensorHandle:
-        """Copy a tensor into an acquired slot and make it readable until release or time-out.
+        """Make a copy of a tensor readable until release or time-out; return its handle.
 
         The copy runs in the calling thread, on its current stream, and is over on return. If it
         raises, the slot is free again.
@@ -162,7 +159,7 @@ class TensorPool:
         return handle
 
     def release(self, slot: int, generation: int) -> bool:
-        """Take a slot back. False, and nothing happens, if that publication is over already."""
+        """Take a slot back; return False, changing nothing, if that publication is over."""
         with self._lock:
             publication = self._published.get(slot)
             if publication is None or publication.handle.generation != generation:
@@ -171,7 +168,7 @@ class TensorPool:
             return True
 
     def expire(self, now: float) -> tuple[TensorHandle, ...]:
-        """Take back every slot whose time-out has passed; what was in them. Call it regularly.
+        """Take back slots whose time-out has passed; return what was in them. Call it regularly.
 
         It also renews what a GPU pool keeps ready for its consumers.
         """
@@ -188,7 +185,7 @@ class TensorPool:
         self._file.running_seq = seq
 
     def has_chunks_beside(self, now_ns: int) -> bool:
-        """Whether a consumer decodes right now. now_ns: on the host's monotonic clock."""
+        """Return whether a consumer decodes right now. now_ns: on the host's monotonic clock."""
         return self._file.chunks_until_ns > now_ns
 
     def close(self) -> None:

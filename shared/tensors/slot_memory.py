@@ -7,9 +7,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from shared.cuda_ipc import GpuIpc
-from shared.pool_layout import PoolFile, PoolLayout
-from shared.tensor_bytes import as_bytes
+from shared.tensors.cuda_ipc import GpuIpc
+from shared.tensors.layout import PoolFile, PoolLayout
+from shared.tensors.wire import as_bytes
 
 
 class SlotMemory(Protocol):
@@ -19,7 +19,7 @@ class SlotMemory(Protocol):
         """Copy a tensor, on any device, into a slot that is large enough."""
 
     def read(self, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A copy of a slot's beginning, which is large enough, on the memory's device."""
+        """Return a copy of a slot's beginning, which is large enough, on the memory's device."""
 
 
 class MappedSlots:
@@ -34,7 +34,7 @@ class MappedSlots:
         np.copyto(self._file.slot_data(slot)[: source.size], source)
 
     def read(self, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A copy of a slot's beginning, which is large enough, on the CPU."""
+        """Return a copy of a slot's beginning, which is large enough, on the CPU."""
         tensor = torch.empty(shape, dtype=dtype)
         target = as_bytes(tensor)
         np.copyto(target, self._file.slot_data(slot)[: target.size])
@@ -67,7 +67,7 @@ class GpuSlots:
         self._ipc.finish()
 
     def read(self, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A copy of a slot's beginning, which is large enough, on the GPU."""
+        """Return a copy of a slot's beginning, which is large enough, on the GPU."""
         copy = self._slot(slot, shape, dtype).clone()
         self._ipc.finish()
         return copy

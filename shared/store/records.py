@@ -13,7 +13,7 @@ from typing import Any, cast
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from shared import codec, keys
+from shared import codec
 from shared.errors import OverloadedError, ProtocolError
 from shared.messages import (
     CommitRefused,
@@ -23,7 +23,8 @@ from shared.messages import (
     RequestCancelled,
     RequestFinished,
 )
-from shared.streams import Writer, script
+from shared.store import keys
+from shared.store.streams import Writer, script
 
 FINAL_STATES = frozenset({"done", "failed", "cancelled"})
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from shared.cuda_exports import take_export
-from shared.cuda_ipc import GpuIpc
 from shared.errors import HandleLostError
 from shared.host import SHM_DIRECTORY, host_identity
 from shared.messages import TensorHandle
-from shared.pool_file import is_owner_alive, open_pool_file
-from shared.pool_layout import NUM_CONSUMER_WORDS, PoolFile, fence
-from shared.slot_memory import GpuSlots, MappedSlots, SlotMemory
-from shared.tensor_bytes import DTYPES, num_bytes
+from shared.tensors.cuda_exports import take_export
+from shared.tensors.cuda_ipc import GpuIpc
+from shared.tensors.layout import NUM_CONSUMER_WORDS, PoolFile, fence
+from shared.tensors.pool_file import is_owner_alive, open_pool_file
+from shared.tensors.slot_memory import GpuSlots, MappedSlots, SlotMemory
+from shared.tensors.wire import DTYPES, num_bytes
 
 
 class _OpenPool:
@@ -29,7 +29,7 @@ class _OpenPool:
         self.why_not = ""
 
     def is_dead(self) -> bool:
-        """Whether nothing can be read any more. Mapped data outlives its owner, GPU memory not."""
+        """Return whether nothing can be read any more: GPU memory does not outlive its owner."""
         if not self.file.is_linked():
             return True
         return self.kind == "cuda_ipc" and not is_owner_alive(self.file)
@@ -62,7 +62,7 @@ class TensorReader:
         self._consumer = secrets.randbelow(NUM_CONSUMER_WORDS)
 
     def read(self, handle: TensorHandle) -> torch.Tensor:
-        """A copy of the tensor that the handle names, the caller's own, on the pool's device.
+        """Return a copy of the tensor that the handle names, on the pool's device.
 
         The copy runs in the calling thread, on its current stream, and is over on return.
 
@@ -88,7 +88,7 @@ class TensorReader:
         return tensor
 
     def running_seq(self, pool: str) -> int:
-        """The seq of the scheduler slot that a pool's owner is running or last ran, -1 for none.
+        """Return the seq of the slot that a pool's owner is running or last ran, -1 for none.
 
         Raises:
             HandleLostError: There is no such pool on this host any more.
@@ -104,7 +104,7 @@ class TensorReader:
         self._open(pool).file.note_chunks(self._consumer, until_ns)
 
     def drop_dead(self) -> int:
-        """Let go of the pools that are gone: only then is their memory free. How many there were.
+        """Let go of the pools that are gone, which frees their memory; return how many.
 
         Opening a new pool does it too; a consumer that opens none calls this now and then.
         """
@@ -128,7 +128,7 @@ class TensorReader:
             return self._pools[name]
 
     def _memory(self, pool: _OpenPool) -> SlotMemory:
-        """Where a pool's slots can be read from here."""
+        """Return where a pool's slots can be read from here."""
         if pool.kind == "shm" and pool.memory:
             return pool.memory
         with self._lock:
@@ -141,7 +141,7 @@ class TensorReader:
             return pool.memory
 
     def _open_gpu(self, pool: _OpenPool) -> SlotMemory:
-        """Take an export and open it. Once one has failed, no other is wasted on this pool."""
+        """Return the slots of an export, opened. Once that has failed it is not tried again."""
         file, ipc = pool.file, self._ipc
         if ipc is None or ipc.device != file.device:
             pool.why_not = f"{file.path.name} lies on {file.device}, which can't be opened here"
@@ -161,7 +161,7 @@ class TensorReader:
 
 
 def _check_generation(pool: _OpenPool, handle: TensorHandle) -> None:
-    """Fenced on both sides, so that the copy stays between two of these."""
+    """Raise if the slot holds another publication; fences keep a copy between two of these."""
     fence()
     found = pool.file.generation(handle.slot)
     fence()

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from shared.codec import decode_value, encode_value
-from shared.cuda_ipc import CudaExport, GpuIpc
 from shared.errors import HandleLostError, ProtocolError
-from shared.pool_layout import PoolFile
+from shared.tensors.cuda_ipc import CudaExport, GpuIpc
+from shared.tensors.layout import PoolFile
 
 NUM_CELLS: Final = 8
 CELL_BYTES: Final = 1024
@@ -41,7 +41,7 @@ class ExportTable:
         self._offset = offset
 
     def refill(self, make: Callable[[], CudaExport]) -> CudaExport | None:
-        """Owner: put a fresh export into every cell that is empty or taken; the last one made."""
+        """Owner: fill every cell that is empty or taken; return the last export made, if any."""
         export = None
         for cell in range(NUM_CELLS):
             if self._head(cell)[0] != _OFFERED:
@@ -50,7 +50,7 @@ class ExportTable:
         return export
 
     def take(self) -> CudaExport:
-        """Consumer: an export to open now, which nobody else will get.
+        """Consumer: return an export to open now, which nobody else will get.
 
         Raises:
             HandleLostError: All are taken; the owner makes more at its next tick.
@@ -61,7 +61,7 @@ class ExportTable:
         return export
 
     def take_back(self) -> list[CudaExport]:
-        """Owner: the exports that nobody has taken, which nobody can take any more."""
+        """Owner: return the exports that nobody has taken; nobody can take them any more."""
         return list(iter(self._take, None))
 
     def _take(self) -> CudaExport | None:
@@ -93,7 +93,7 @@ class ExportTable:
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """The table to ourselves, among processes. Held for some microseconds of file access."""
+        """Keep other processes from the table, for some microseconds of file access."""
         fcntl.lockf(self._descriptor, fcntl.LOCK_EX, TABLE_BYTES, self._offset)
         try:
             yield
@@ -130,7 +130,7 @@ class PoolExports:
 
 
 def take_export(file: PoolFile) -> CudaExport:
-    """The consumer's side: an export of a GPU pool to open now, which nobody else will get.
+    """Return to a consumer an export of a GPU pool to open now, which nobody else will get.
 
     Raises:
         HandleLostError: The file is gone, or all its exports are taken for now.

@@ -63,12 +63,12 @@ START_CHECK: Final = "sd:start-check"
 
 
 def job(job_id: str) -> str:
-    """Hash of one HTTP request: its images' request ids. Expires with the records."""
+    """Return the key of an HTTP request's hash: its images' ids. Expires with the records."""
     return f"sd:job:{job_id}"
 
 
 def request(request_id: str) -> str:
-    """Hash of one image's request: state, current attempt, and what came of it.
+    """Return the key of an image's request, a hash: state, current attempt, what came of it.
 
     Written by the gateway's submission, the scheduler's attempts, and the one call that makes it
     final; expires `record_ttl_s` after that, long after the image.
@@ -77,17 +77,23 @@ def request(request_id: str) -> str:
 
 
 def image(request_id: str, attempt: str) -> str:
-    """The encoded image of one attempt. Written by the commit; expires, or is evicted for room."""
+    """Return the key of an attempt's encoded image.
+
+    Written by the commit; expires, or is evicted for room.
+    """
     return f"sd:image:{request_id}:{attempt}"
 
 
 def latents(request_id: str, attempt: str) -> str:
-    """Inline copy of finished latents. Written by the UNet worker; expires, or goes at commit."""
+    """Return the key of the inline copy of finished latents.
+
+    Written by the UNet worker; expires, or goes at commit.
+    """
     return f"sd:latents:{request_id}:{attempt}"
 
 
 def resume(request_id: str, attempt: str) -> str:
-    """Hash of what a drained UNet worker has left of a request: `step`, and its `state`.
+    """Return the key of what a drained UNet worker has left, a hash of `step` and `state`.
 
     Deleted by the worker that goes on with it; expires.
     """
@@ -95,15 +101,24 @@ def resume(request_id: str, attempt: str) -> str:
 
 
 def worker(incarnation: str) -> str:
-    """A worker's `WorkerInfo`. Its heartbeat rewrites it; its expiry means the worker is lost."""
+    """Return the key of a worker's `WorkerInfo`.
+
+    Its heartbeat rewrites it; its expiry means the worker is lost.
+    """
     return f"sd:worker:{incarnation}"
 
 
 def work(incarnation: str) -> str:
-    """Stream of a worker's work, in order. No other worker reads it; deleted when it is lost."""
+    """Return the key of the stream of a worker's work, in order.
+
+    No other worker reads it; deleted when it is lost.
+    """
     return f"sd:worker:{incarnation}:work"
 
 
 def control(incarnation: str) -> str:
-    """Stream of a worker's control messages: applied at the next slot or chunk, before its work."""
+    """Return the key of the stream of a worker's control messages.
+
+    They are applied at the next slot or chunk, before its work.
+    """
     return f"sd:worker:{incarnation}:control"
