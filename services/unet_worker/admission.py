@@ -10,6 +10,7 @@ import torch
 from services.unet_worker.latents import BatchKey, Conditions
 from services.unet_worker.model import DiffusionModel, ModelFacts
 from services.unet_worker.text_encoder import PromptEmbedding, TextEncoder
+from services.unet_worker.vocabulary import unknown_word_warnings
 from shared.errors import InvalidRequestError
 from shared.messages import ImageParameters
 
@@ -87,6 +88,9 @@ def make_conditions(
         for name, embedding in _named(positive, negative)
         if embedding.num_dropped_tokens
     ]
+    warnings += unknown_word_warnings(
+        parameters, model.vocabulary, is_guided=negative is not positive
+    )
     return conditions, tuple(warnings)
 
 

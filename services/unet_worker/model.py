@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from services.unet_worker.unet_forward import UnetForward
+from services.unet_worker.vocabulary import Vocabulary, read_vocabulary
 from shared.device import DtypeName, choose_device, choose_dtype
 from shared.errors import ConfigurationError
 
@@ -50,7 +51,8 @@ class DiffusionModel:
 
     pipeline: diffusers' own `StableDiffusionPipeline` without its VAE: the text encoder, the
     tokenizer, and the scheduler with its configuration as the pipeline corrects it. unet: on
-    `device` in `dtype`, `channels_last`. forward: calls it.
+    `device` in `dtype`, `channels_last`. forward: calls it. vocabulary: what the model has learned,
+    where its folder says so.
     """
 
     pipeline: Any
@@ -59,6 +61,7 @@ class DiffusionModel:
     facts: ModelFacts
     device: torch.device
     dtype: torch.dtype
+    vocabulary: Vocabulary | None
 
     def check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
         """Raise ConfigurationError unless each (height, width) in pixels can be generated."""
@@ -116,6 +119,7 @@ def load_model(
         facts=facts,
         device=torch_device,
         dtype=torch_dtype,
+        vocabulary=read_vocabulary(folder),
     )
 
 
