@@ -50,11 +50,11 @@ DECORATIONS = (
 )
 
 
-def caption_variant(emoji: Emoji, rng: random.Random) -> str:
+def caption_variant(emoji: Emoji, rng: random.Random, *, p_characters: float = P_CHARACTERS) -> str:
     """One random way to ask for `emoji`; the empty caption with probability `P_EMPTY`."""
     if rng.random() < P_EMPTY:
         return ""
-    if rng.random() < P_CHARACTERS:
+    if rng.random() < p_characters:
         caption = rng.choice(character_forms(emoji.characters))
     elif rng.random() < P_NAME or not emoji.synonyms:
         caption = emoji.name

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 WINDOW = 8  # pixels
+EPSILON = 1e-8  # a root has no slope at zero
 MIN_EDGE = 0.1  # a window's steepest gradient, of at most 0.71; below that it has no edge
 EDGES_FILE = "references_edges.png"
 SPRITE_COLUMNS = 24
@@ -31,7 +32,8 @@ def edge_steepness(pictures: Tensor) -> Tensor:
     padded = F.pad(luma, (1, 1, 1, 1), mode="replicate")
     across = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
     down = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
-    return F.max_pool2d((across.square() + down.square()).sqrt(), WINDOW).squeeze(1)
+    steepest = F.max_pool2d(across.square() + down.square(), WINDOW).squeeze(1)
+    return (steepest + EPSILON).sqrt()
 
 
 def edge_sharpness_ratio(steepness: Tensor, wanted: Tensor) -> float:
