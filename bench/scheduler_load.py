@@ -85,6 +85,7 @@ def make_view(
     unet.slots.append(
         SlotInFlight(
             seq=1,
+            sent_at=0.0,
             rows=(),
             key=requests[0].batch_key,
             kind=profile.alone_kind(size),

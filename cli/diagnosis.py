@@ -192,9 +192,7 @@ def check_redis() -> Finding:
         return Finding(
             subject="Redis", value="no server", verdict="missing", consequence=str(error)
         )
-    return Finding(
-        subject="Redis", value=f"{binary.version}, {_short(binary.path)}", verdict="good"
-    )
+    return Finding(subject="Redis", value=f"{binary}, {_short(binary.path)}", verdict="good")
 
 
 def check_package(name: str) -> Finding:

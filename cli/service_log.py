@@ -1,11 +1,18 @@
-"""A service's log file: the service writes it, the supervisor follows it and keeps it small."""
+"""A service's log file: the service writes it, the supervisor follows it and keeps it small.
+
+A disk that is full costs lines, never the service or its supervisor.
+"""
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import json
 import os
 import re
 import shutil
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,6 +24,10 @@ _LEVEL_MARK: Final = re.compile(
     r"""\[(?P<text>debug|info|warning|error|critical)\s*\]"""
     r"""|"level":\s*"(?P<json>debug|info|warning|error|critical)\""""
 )
+_ERROR_AS_TEXT: Final = re.compile(
+    r"""\berror=(?P<quoted>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|\berror=(?P<word>\S+)"""
+)
+_REDIS_WARNING: Final = re.compile(r"^\d+:\w .* # (?P<text>.*)$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +49,24 @@ def level_of(line: str) -> str:
     return (match["text"] or match["json"]) if match else ""
 
 
+def explanation(lines: Sequence[str]) -> str:
+    """Why a service ended, in its own words without what stands around them; empty if it said none.
+
+    lines: its last. They are read as `shared.logs` writes the error that ends a service, as text or
+    JSON, as Redis writes a warning, and otherwise as they are.
+    """
+    for line in reversed(lines):
+        if match := _ERROR_AS_TEXT.search(line):
+            return str(ast.literal_eval(match["quoted"])) if match["quoted"] else match["word"]
+        with contextlib.suppress(ValueError):
+            facts = json.loads(line)
+            if isinstance(facts, dict) and "error" in facts:
+                return str(facts["error"])
+        if match := _REDIS_WARNING.match(line):
+            return match["text"]
+    return lines[-1] if lines else ""
+
+
 class ServiceLog:
     """One log file, begun anew; what was there before is kept beside it as `NAME.log.1`.
 
@@ -53,9 +82,10 @@ class ServiceLog:
         self._tail: deque[str] = deque(maxlen=tail_lines)
         self._position = 0
         self._rest = b""
-        if path.exists():
+        with contextlib.suppress(OSError):
             path.replace(self._previous_path)
-        path.touch()
+        with contextlib.suppress(OSError):
+            path.touch()
 
     @property
     def _previous_path(self) -> Path:
@@ -69,13 +99,19 @@ class ServiceLog:
     def open_for_service(self) -> int:
         """A descriptor to give to the service as its output; the caller closes it.
 
-        It appends, so that the file can be emptied while the service writes.
+        It appends, so that the file can be emptied while the service writes. Where there is no room
+        for the file, what the service says is lost.
         """
-        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+            return os.open(self.path, flags, 0o600)
+        except OSError:
+            return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
     def read_new_lines(self, *, is_final: bool = False) -> list[LogLine]:
         """Whole lines written since the last call; with `is_final` an unfinished one, too."""
-        with self.path.open("rb") as file:
+        content = b""
+        with contextlib.suppress(OSError), self.path.open("rb") as file:
             file.seek(self._position)
             content = file.read(_MAX_READ_BYTES)
         self._position += len(content)
@@ -93,7 +129,15 @@ class ServiceLog:
         return LogLine(text=text, level=level_of(text))
 
     def _start_over(self) -> None:
-        """Copy, then empty: the service's descriptor stays good; a line in between may be lost."""
-        shutil.copyfile(self.path, self._previous_path)
-        os.truncate(self.path, 0)
-        self._position = 0
+        """Copy, then empty: the service's descriptor stays good; a line in between may be lost.
+
+        Without room for the copy the file is emptied all the same, which makes room.
+        """
+        try:
+            shutil.copyfile(self.path, self._previous_path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._previous_path.unlink()
+        with contextlib.suppress(OSError):
+            os.truncate(self.path, 0)
+            self._position = 0

@@ -13,8 +13,11 @@ from typing import Final
 
 from cli.data_folder import DataFolder
 from cli.embedded_redis import RedisBinary, choose_maxmemory_bytes, redis_command
+from cli.machine import shm_bytes
 from cli.supervisor import Service
 from shared.errors import ConfigurationError
+from shared.host import SHM_DIRECTORY
+from shared.model_folder import check_model_folder
 from shared.settings import (
     GatewaySettings,
     SchedulerSettings,
@@ -31,16 +34,19 @@ _STOP_RANKS: Final = {"gateway": 0, "unet": 1, "vae": 2, "scheduler": 3, "redis"
 GRACE_S: Final = 10.0
 """How long a service may take to stop; it gives up draining a little earlier by itself."""
 _MIB: Final = 1 << 20
+_NVIDIA_DRIVER: Final = Path("/dev/nvidiactl")
 
 THREAD_WAITING: Final = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
 """Threads that spin for long stall whoever shares the cores; threads that sleep at once make a slot
 of many small operations take twice as long. These spin for some microseconds and then sleep."""
 
-COMPILED_KERNELS: Final = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192"}
+NUM_COMPILED_KERNELS: Final = 8192
+COMPILED_KERNEL_BYTES: Final = 40 << 10
+COMPILED_KERNELS: Final = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(NUM_COMPILED_KERNELS)}
 """oneDNN compiles an operation for each of its shapes, and slots come with any number of rows, on
 different numbers of threads. The 1,024 that it keeps by itself hold a small UNet at some ten of
-them; then slots of changing sizes are compiled again and again and take twice as long. One takes
-some 30 KB."""
+them; then slots of changing sizes are compiled again and again and take twice as long. One takes up
+to some 40 KB, so a worker grows by as much as that while sizes are new to it, and then no more."""
 
 WORKER_ENVIRONMENT: Final = THREAD_WAITING | COMPILED_KERNELS
 """For processes that compute."""
@@ -146,11 +152,11 @@ def prepare_stack(options: StackOptions) -> Stack:
     scheduler = load_settings(SchedulerSettings)
     worker = load_settings(UnetWorkerSettings)
     load_settings(VaeWorkerSettings)
-    if not (worker.model / "model_index.json").is_file():
-        raise ConfigurationError(
-            f"no model at {worker.model}: --model should name a folder in diffusers' format, "
-            "with a model_index.json"
-        )
+    try:
+        check_model_folder(worker.model)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{error}; --model should name another folder") from error
+    _check_shared_memory(worker, options.unet_workers)
     port = reserve_port(gateway.host, gateway.port)
     return Stack(
         host=gateway.host,
@@ -161,6 +167,26 @@ def prepare_stack(options: StackOptions) -> Stack:
         vae_workers=tuple(f"vae-{i}" for i in range(options.vae_workers)),
         environment=dict(os.environ) | {"SYNERDIFF_PORT": str(port)},
     )
+
+
+def _check_shared_memory(worker: UnetWorkerSettings, num_workers: int) -> None:
+    """Raise a ConfigurationError where the UNet workers' pools won't fit; a GPU's lie elsewhere."""
+    is_on_gpu = worker.device == "auto" and _NVIDIA_DRIVER.exists()
+    if worker.transport == "inline" or worker.device.startswith("cuda") or is_on_gpu:
+        return
+    needed = num_workers * worker.pool_slots * (worker.pool_slot_kb << 10)
+    size = shm_bytes()
+    if size is None:
+        raise ConfigurationError(
+            f"{SHM_DIRECTORY} is not there, where the UNet workers' tensor pools lie; "
+            "SYNERDIFF_TRANSPORT=inline does without"
+        )
+    if size[1] < needed:
+        raise ConfigurationError(
+            f"{SHM_DIRECTORY} has {size[1] / _MIB:.1f} MiB free, and the UNet workers' tensor "
+            f"pools take {needed / _MIB:.1f} MiB: make room, give a container more (--shm-size), "
+            "or have fewer or smaller slots (SYNERDIFF_POOL_SLOTS, SYNERDIFF_POOL_SLOT_KB)"
+        )
 
 
 def reserve_port(host: str, port: int) -> int:
@@ -178,10 +204,10 @@ def reserve_port(host: str, port: int) -> int:
             probe.bind(address)
             probe.listen()
             return int(probe.getsockname()[1])
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
         raise ConfigurationError(
-            f"can't listen on {host}, port {port} ({error.strerror}); "
-            "choose others with --host and --port"
+            f"can't listen on {host}, port {port} ({why}); choose others with --host and --port"
         ) from error
 
 
@@ -206,6 +232,7 @@ def redis_service(
         stop_rank=_STOP_RANKS["redis"],
         death_signal=signal.SIGTERM,
         inherited_fds=(lock_descriptor,),
+        final_exit_codes=frozenset({1}),  # it can't read its data or its command line
         niceness=GIVING_WAY,
     )
 

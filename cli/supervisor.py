@@ -14,13 +14,14 @@ import signal
 import sys
 import time
 from asyncio.subprocess import Process
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
 from cli import child
 from cli.service_log import LogLine, ServiceLog
+from shared.errors import EXIT_CONFIGURATION
 
 _FOLLOW_EVERY_S: Final = 0.2
 _OUTSIDE_SIGNALS: Final = frozenset({-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT})
@@ -33,7 +34,8 @@ class Service:
     name: unique; also the log's. environment: all of it. stop_rank: lower ones are stopped first,
     equal ones together. death_signal: what the kernel sends it should the supervisor die.
     inherited_fds: descriptors of the supervisor that it holds open as long as it lives.
-    niceness: by how much it gives way to other processes, 0 to 19.
+    niceness: by how much it gives way to other processes, 0 to 19. final_exit_codes: with which it
+    says that another start would end alike.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Service:
     death_signal: signal.Signals = signal.SIGKILL
     inherited_fds: tuple[int, ...] = ()
     niceness: int = 0
+    final_exit_codes: frozenset[int] = frozenset({EXIT_CONFIGURATION})
 
     @property
     def child_command(self) -> tuple[str, ...]:
@@ -59,7 +62,8 @@ class Death:
     """A service ended unasked.
 
     exit_code: as `subprocess` has it, negative for a signal. restart_in_s: None if it is given up.
-    last_lines: of its log.
+    is_final: whether its exit code says that another start would end alike. hardship: what outside
+    of it may have ended it, in words; empty for nothing. last_lines: of its log.
     """
 
     service: str
@@ -67,6 +71,8 @@ class Death:
     exit_code: int
     lived_s: float
     restart_in_s: float | None
+    is_final: bool
+    hardship: str
     last_lines: tuple[str, ...]
 
     @property
@@ -97,7 +103,8 @@ class RestartPolicy:
     """When to restart. The delay doubles with every quick death in a row, up to its maximum.
 
     quick_death_s: a life shorter than this ends in a quick death. max_quick_deaths: so many in a
-    row of the service's own making, and it is given up; a kill from outside never counts.
+    row of the service's own making, and it is given up. What counts is the cause: a kill from
+    outside never does, nor a death under a hardship such as a full disk, which is waited out.
     """
 
     first_delay_s: float = 0.1
@@ -114,15 +121,17 @@ class DeathCount:
     num_quick: int = 0
     num_own: int = 0
 
-    def delay_after(self, *, exit_code: int, lived_s: float) -> float | None:
+    def delay_after(
+        self, *, exit_code: int, lived_s: float, is_final: bool = False, is_excused: bool = False
+    ) -> float | None:
         """Seconds until the restart, None to give up."""
         if lived_s >= self.policy.quick_death_s:
             self.num_quick = self.num_own = 0
         self.num_quick += 1
-        if exit_code not in _OUTSIDE_SIGNALS:
+        if not is_excused and exit_code not in _OUTSIDE_SIGNALS:
             self.num_own += 1
-        if self.num_own >= self.policy.max_quick_deaths:
-            return None
+            if is_final or self.num_own >= self.policy.max_quick_deaths:
+                return None
         return min(
             self.policy.first_delay_s * 2.0 ** min(self.num_quick - 1, 16), self.policy.max_delay_s
         )
@@ -153,14 +162,21 @@ class Supervisor:
         log_folder: Where `NAME.log` goes; exists.
         observer: Is told what happens.
         policy: When to restart.
+        find_hardship: What outside of the services ends them at present, in words; or empty.
     """
 
     def __init__(
-        self, *, log_folder: Path, observer: Observer, policy: RestartPolicy | None = None
+        self,
+        *,
+        log_folder: Path,
+        observer: Observer,
+        policy: RestartPolicy | None = None,
+        find_hardship: Callable[[], str] = str,
     ) -> None:
         self._log_folder = log_folder
         self._observer = observer
         self._policy = policy or RestartPolicy()
+        self._find_hardship = find_hardship
         self._kept: dict[str, _Kept] = {}
         self._given_up = asyncio.Event()
 
@@ -203,7 +219,7 @@ class Supervisor:
             kept.signal_group(signal.SIGKILL)
 
     def _on_keeper_done(self, keeper: asyncio.Task[None]) -> None:
-        """A keeper that fails (no process to be had, a full disk) must not go unnoticed."""
+        """A keeper that fails, which would be a bug, must not go unnoticed."""
         if not keeper.cancelled() and keeper.exception():
             self._given_up.set()
 
@@ -218,7 +234,14 @@ class Supervisor:
             if kept.stopping.is_set():
                 return
             lived_s = time.monotonic() - started_at
-            delay_s = kept.deaths.delay_after(exit_code=exit_code, lived_s=lived_s)
+            is_final = exit_code in kept.service.final_exit_codes
+            hardship = self._find_hardship()
+            delay_s = kept.deaths.delay_after(
+                exit_code=exit_code,
+                lived_s=lived_s,
+                is_final=is_final,
+                is_excused=bool(hardship),
+            )
             self._observer.on_death(
                 Death(
                     service=kept.service.name,
@@ -226,19 +249,32 @@ class Supervisor:
                     exit_code=exit_code,
                     lived_s=lived_s,
                     restart_in_s=delay_s,
+                    is_final=is_final,
+                    hardship=hardship,
                     last_lines=kept.log.tail,
                 )
             )
             if delay_s is None:
                 self._given_up.set()
                 return
+            process = await self._spawn_again(kept, delay_s)
+            if process is None:
+                return
+            kept.process = process
+            if kept.stopping.is_set():
+                kept.signal_group(signal.SIGTERM)
+
+    async def _spawn_again(self, kept: _Kept, delay_s: float) -> Process | None:
+        """Start it after the delay, as often as that takes; None if it is to stop meanwhile."""
+        while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(kept.stopping.wait(), delay_s)
             if kept.stopping.is_set():
-                return
-            kept.process = await self._spawn(kept)
-            if kept.stopping.is_set():
-                kept.signal_group(signal.SIGTERM)
+                return None
+            try:
+                return await self._spawn(kept)
+            except OSError:  # no process or no memory is to be had at the moment
+                delay_s = self._policy.max_delay_s
 
     async def _follow(self, kept: _Kept, process: Process) -> int:
         """Hand on the service's log until it ends; its exit code."""

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+EXIT_CONFIGURATION: Final = 78
+"""The exit code of a process that ends by a `ConfigurationError` (EX_CONFIG of sysexits.h): started
+again as it is, it would end the same way."""
+
+EXIT_STUCK: Final = 75
+"""That of a worker which found itself hanging (EX_TEMPFAIL): started again, it can work."""
+
 
 class SynerDiffError(Exception):
     """Root of every error this project raises on purpose."""
@@ -71,3 +80,9 @@ class IllegalTransitionError(SynerDiffError):
     """The scheduler's core was asked for a state change that its table forbids; our bug."""
 
     code = "illegal_transition"
+
+
+class EpochEndedError(SynerDiffError):
+    """Another scheduler is in charge, or Redis came back as another; a fresh start follows."""
+
+    code = "epoch_ended"

@@ -11,7 +11,7 @@ from typing import Final
 REQUESTS: Final = "sd:requests"
 """Stream of `GenerateImage`. Written by the gateway, read by the scheduler from its beginning at
 every start; an entry is deleted by the call that makes its request final. Its length is therefore
-the number of open requests."""
+the number of open requests. An entry's id is the instant of its submission on the store's clock."""
 
 SCHEDULER: Final = "sd:scheduler"
 """Stream of messages to the scheduler. Deleted once handled; emptied by a new epoch, which asks the
@@ -22,16 +22,24 @@ EVENTS: Final = "sd:events"
 the records hold the truth, so it is trimmed to some thousands."""
 
 DEAD_LETTERS: Final = "sd:dead"
-"""Stream of entries nobody could handle, with the reason. Kept for a person; trimmed to 1,000."""
+"""Stream of entries nobody could handle, and of keys that held what they can't, with the reason.
+Kept for a person; bounded by number and by bytes (`lua/common.lua`)."""
 
 EPOCH: Final = "sd:epoch"
-"""Number of the latest scheduler's life. Never expires."""
+"""Number of the latest scheduler's life; every write of an older one is refused. Never expires."""
 
 SCHEDULER_LEASE: Final = "sd:scheduler:lease"
 """Token of the scheduler in charge, renewed while it lives; expires within seconds."""
 
 STATUS: Final = "sd:status"
 """msgpack map of the scheduler's queue figures. Rewritten every second; expires within seconds."""
+
+STATUS_TTL_S: Final = 5
+"""With how long to live `STATUS` is written; what is left of it tells its age by the store's clock.
+"""
+
+WRITE_PROBE: Final = "sd:gateway:probe"
+"""Nothing; written by gateways twice a second to see that Redis takes writes. Expires."""
 
 PROFILES: Final = "sd:profiles"
 """Hash of profiles measured while serving, as JSON, by model, dtype, device and threads. Written by
@@ -40,11 +48,18 @@ the scheduler, read at its start; expires a week after the last."""
 WORKERS: Final = "sd:workers"
 """Set of the incarnations that have registered; the scheduler removes the lost ones."""
 
+FINISHED: Final = "sd:finished"
+"""Sorted set of the final records' keys by the instant at which they expire: the oldest make room
+where memory is short. Kept by the calls that make requests final."""
+
 IMAGES: Final = "sd:images"
 """Sorted set of the stored images' keys by the instant at which they expire. Kept by the commit."""
 
 IMAGE_SIZES: Final = "sd:images:sizes"
 """Hash of the stored images' sizes in bytes by key, with their sum under "total"."""
+
+START_CHECK: Final = "sd:start-check"
+"""Never there. A start deletes it, to learn whether the server lets it write."""
 
 
 def job(job_id: str) -> str:

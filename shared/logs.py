@@ -5,9 +5,31 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import cast
+from typing import TextIO, cast
 
 import structlog
+
+
+class PatientHandler(logging.StreamHandler[TextIO]):
+    """Drops lines that can't be written, as on a full disk, and tells how many once one can."""
+
+    num_lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line; before it, how many were lost."""
+        if self.num_lost and record.name != __name__:
+            num_lost, self.num_lost = self.num_lost, 0
+            logging.getLogger(__name__).warning("%d log lines could not be written", num_lost)
+            if self.num_lost:
+                self.num_lost += num_lost - 1
+        super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the library's name
+        """Count a line that could not be written; any other failure is a bug and is shown."""
+        if isinstance(sys.exception(), OSError):
+            self.num_lost += 1
+        else:
+            super().handleError(record)
 
 
 def configure_logging(*, service: str, log_format: str, level: str) -> None:
@@ -37,7 +59,7 @@ def configure_logging(*, service: str, log_format: str, level: str) -> None:
         ),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = PatientHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared_processors,

@@ -107,13 +107,20 @@ class RowFailure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldRequest:
-    """A request whose latents a UNet worker holds between slots."""
+    """A request whose latents a UNet worker holds between slots.
+
+    num_skipped: steps whose guidance was skipped so far. last_full: the last step that ran in full,
+    -1 for none. warnings: as in `RequestAdmitted`.
+    """
 
     request_id: str
     attempt: str
     step_index: int
     num_forwards: int
     is_guided: bool
+    num_skipped: int = 0
+    last_full: int = -1
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,10 +152,11 @@ class WorkerInfo:
     kind: "unet" or "vae". worker_id survives a restart, incarnation does not. device_group: who
     shares its physical device. host: as in `TensorHandle`. device: "cpu" or "cuda:UUID" with its
     namespaces. threads: CPU threads it may use. max_requests: requests it can hold. model: from a
-    UNet worker. step_ms: median slot time by rows, alone, at the default size. decode_ms: median
-    whole decode, alone. num_chunks: chunks a decode is cut into. pool: its tensor pool's name,
-    empty if it has none. runs_side_by_side: whether its device computes for two processes at a
-    time; a GPU does only under MPS.
+    UNet worker. model_digest: what tells models of one name apart, empty if not told. step_ms:
+    median slot time by rows, alone, at the default size. decode_ms: median whole decode, alone.
+    num_chunks: chunks a decode is cut into. pool: its tensor pool's name, empty if it has none.
+    runs_side_by_side: whether its device computes for two processes at a time; a GPU does only
+    under MPS.
     """
 
     worker_id: str
@@ -167,6 +175,7 @@ class WorkerInfo:
     num_chunks: int = 1
     pool: str = ""
     runs_side_by_side: bool = True
+    model_digest: str = ""
 
 
 # --- to the scheduler ----------------------------------------------------------------------------
@@ -177,7 +186,7 @@ class GenerateImage:
     """Make one image. Stays in the request stream until its request is final.
 
     priority: higher goes first. deadline_ms: after submission, 0 for none. owner: whose share of
-    the service it draws on.
+    the service it draws on. submitted_at: on the store's clock, filled in by who reads the entry.
     """
 
     request_id: str
@@ -185,7 +194,7 @@ class GenerateImage:
     owner: str
     priority: int
     deadline_ms: int
-    submitted_at: float
+    submitted_at: float = 0.0
     parameters: ImageParameters
 
 
@@ -233,10 +242,10 @@ class RequestHandedBack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerAnnounced:
-    """A worker's answer to `BeginEpoch`: everything it holds.
+    """A worker's answer to each `BeginEpoch`: everything it holds.
 
     held: unfinished requests. finished: latents waiting in its pool. A VAE worker drops its decodes
-    at a new epoch and announces nothing: a decode is short, and its latents are still there.
+    first and announces none: a decode is short, and its latents are still there.
     """
 
     incarnation: str
@@ -249,7 +258,8 @@ class WorkerAnnounced:
 class RequestAdmitted:
     """The prompt is encoded and the latents are resident; forwards may be scheduled.
 
-    step_index: the first of them, above 0 where another worker has been before.
+    step_index: the first of them, above 0 where another worker has been before. num_skipped: steps
+    whose guidance was skipped there.
     """
 
     incarnation: str
@@ -259,6 +269,7 @@ class RequestAdmitted:
     is_guided: bool
     warnings: tuple[str, ...] = ()
     step_index: int = 0
+    num_skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,24 +286,32 @@ class SlotDenoised:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentsFinished:
-    """A request's denoising is done and its latents lie in the worker's pool."""
+    """A request's denoising is done and its latents lie in the worker's pool.
+
+    warnings: as in `RequestAdmitted`, for a scheduler that did not hear them.
+    """
 
     incarnation: str
     request_id: str
     attempt: str
     handle: TensorHandle
     skipped_steps: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunksDecoded:
-    """A decode has come so far: one report per grant. duration_ms: of the chunks since the last."""
+    """A decode has come so far: one report per grant. duration_ms: of the chunks since the last.
+
+    num_chunks: of this whole decode, which may differ from size to size; 0 for not told.
+    """
 
     incarnation: str
     request_id: str
     attempt: str
     chunks_done: int
     duration_ms: float
+    num_chunks: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,6 +323,18 @@ class ImageDecoded:
     attempt: str
     decode_ms: float
     transport: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitRefused:
+    """A decoded image was not committed: another attempt is current, or the request is final.
+
+    The latents are freed all the same.
+    """
+
+    incarnation: str
+    request_id: str
+    attempt: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -506,7 +537,11 @@ class CancelDecode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BeginEpoch:
-    """A new scheduler is in charge: announce what you hold."""
+    """This epoch's scheduler does not know what you hold: drop queued slots and decodes, announce.
+
+    Of a new scheduler, and of the same one where a worker comes back or has kept it waiting; what
+    was moved meanwhile is released by the answer to the announcement. An older epoch's is ignored.
+    """
 
     epoch: int
 
@@ -516,6 +551,14 @@ class LeaveWhenDone:
     """Whatever the scheduler had for this draining worker has been sent: nothing new comes."""
 
     epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefuseWorker:
+    """The worker can't join, as it is: it ends by a configuration error. reason: a sentence."""
+
+    epoch: int
+    reason: str
 
 
 # --- to the gateways -----------------------------------------------------------------------------
@@ -559,6 +602,7 @@ ToScheduler = (
     | LatentsFinished
     | ChunksDecoded
     | ImageDecoded
+    | CommitRefused
     | SlotMeasured
     | ChunksMeasured
     | HandleLost
@@ -572,9 +616,16 @@ ToUnetWorker = (
     | ReleaseLatents
     | BeginEpoch
     | LeaveWhenDone
+    | RefuseWorker
 )
 ToVaeWorker = (
-    DecodeLatents | GrantChunks | MeasureChunks | CancelDecode | BeginEpoch | LeaveWhenDone
+    DecodeLatents
+    | GrantChunks
+    | MeasureChunks
+    | CancelDecode
+    | BeginEpoch
+    | LeaveWhenDone
+    | RefuseWorker
 )
 ToGateway = RequestsProgressed | RequestFinished
 Message = ToScheduler | ToUnetWorker | ToVaeWorker | ToGateway

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import os
 
-from prometheus_client import (
+from shared.metrics_files import reserve_files
+
+reserve_files()  # before the library decides whether metrics are shared
+
+from prometheus_client import (  # noqa: E402
     CONTENT_TYPE_LATEST,
     REGISTRY,
     CollectorRegistry,
@@ -68,6 +72,21 @@ PAIRS = Gauge(
     "synerdiff_worker_pairs",
     "Pairs of a UNet and a VAE worker by the transport that latents take between them",
     ["transport"],
+    multiprocess_mode="mostrecent",
+)
+DEAD_LETTERS = Counter(
+    "synerdiff_dead_letters",
+    "Entries and keys that nobody could handle, by where they lay",
+    ["stream"],
+)
+DEAD_LETTERS_KEPT = Gauge(
+    "synerdiff_dead_letters_kept",
+    "Of these, how many are kept for a person to look at",
+    multiprocess_mode="mostrecent",
+)
+DEAD_LETTERS_BYTES = Gauge(
+    "synerdiff_dead_letters_kept_bytes",
+    "Memory that they take in Redis",
     multiprocess_mode="mostrecent",
 )
 EPOCH = Gauge("synerdiff_epoch", "The scheduler's epoch", multiprocess_mode="mostrecent")

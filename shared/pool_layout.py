@@ -35,11 +35,12 @@ PAGE_BYTES: Final = 4096
 NO_SEQ: Final = -1
 
 _MAGIC: Final = int.from_bytes(b"SynrPool", "little")
-_VERSION: Final = 1
+_VERSION: Final = 2
 _LINE_BYTES: Final = 64
 _WORD_BYTES: Final = 8
 _MAGIC_WORD, _VERSION_WORD, _SLOTS_WORD, _BYTES_WORD, _SEQ_WORD, _EXPORTS_WORD = range(6)
-_CHUNKS_WORD = 6
+_FIRST_CHUNKS_WORD: Final = 16
+NUM_CONSUMER_WORDS: Final = 64
 _TEXT_BYTES: Final = 256
 _HOST_AT, _OWNER_AT, _DEVICE_AT, _COMPANION_AT = range(1024, 2048, _TEXT_BYTES)
 
@@ -96,7 +97,7 @@ class PoolFile:
 
     The mapping lives as long as this object or anything made from it; nothing is unmapped under
     a reader. Words are read and written atomically; their order is the caller's, by `fence`. A
-    reader's mapping can't be written, but for one word of the header.
+    reader's mapping can't be written, but for the consumers' words of the header.
 
     Args:
         path: The file's name, for asking whether it is still there.
@@ -157,15 +158,15 @@ class PoolFile:
 
     @property
     def chunks_until_ns(self) -> int:
-        """Until when a consumer's chunks run beside the owner's slots, as they said last.
+        """Until when consumers' chunks run beside the owner's slots, as they said last.
 
         On the host's monotonic clock, so that those of a consumer that died are over soon.
         """
-        return self._header[_CHUNKS_WORD]
+        return max(self._header[_FIRST_CHUNKS_WORD : _FIRST_CHUNKS_WORD + NUM_CONSUMER_WORDS])
 
-    @chunks_until_ns.setter
-    def chunks_until_ns(self, until_ns: int) -> None:
-        self._header[_CHUNKS_WORD] = until_ns
+    def note_chunks(self, consumer: int, until_ns: int) -> None:
+        """A consumer's chunks run until then; consumer: below `NUM_CONSUMER_WORDS`."""
+        self._header[_FIRST_CHUNKS_WORD + consumer] = until_ns
 
     def generation(self, slot: int) -> int:
         """What may be read in a slot: a publication's number, 0 for nothing."""

@@ -6,23 +6,24 @@ cancelled. The scheduler knows finer ones; they live in its memory.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from shared import codec, keys
-from shared.errors import OverloadedError
+from shared.errors import OverloadedError, ProtocolError
 from shared.messages import (
+    CommitRefused,
     GenerateImage,
     ImageDecoded,
     ReleaseLatents,
     RequestCancelled,
     RequestFinished,
 )
-from shared.streams import script
+from shared.streams import Writer, script
 
 FINAL_STATES = frozenset({"done", "failed", "cancelled"})
 
@@ -74,7 +75,10 @@ class RequestRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """How long results stay. image_budget_bytes: the oldest images go when the sum exceeds it."""
+    """How long results stay. image_budget_bytes: the oldest images go when the sum exceeds it.
+
+    They go sooner where the server's memory is short, and so do the oldest records.
+    """
 
     image_ttl_s: int = 3_600
     record_ttl_s: int = 86_400
@@ -94,22 +98,26 @@ class Commit:
 
 @dataclass(slots=True)
 class Records:
-    """Reads and changes records.
+    """Reads and changes records; all instants in them are the store's.
 
-    redis: the connection; the caller owns it.
+    redis: the connection; the caller owns it. epoch: a scheduler's; its writes are refused once a
+    newer one has begun.
     """
 
     redis: Redis
     retention: Retention = field(default_factory=Retention)
+    epoch: int | None = None
 
     def __post_init__(self) -> None:
         """Bind the scripts to the connection."""
         self._scripts = {
             name: script(self.redis, name)
-            for name in ("submit", "begin_attempt", "finish", "commit")
+            for name in ("submit", "begin_attempt", "finish", "commit", "make_room")
         }
+        self._writer = Writer(self.redis, self.epoch)
 
     _scripts: dict[str, Any] = field(init=False, repr=False)
+    _writer: Writer = field(init=False, repr=False)
 
     async def submit(
         self, job: JobRecord, requests: Sequence[GenerateImage], *, max_open: int
@@ -125,7 +133,6 @@ class Records:
         arguments: list[Any] = [
             max_open,
             self.retention.record_ttl_s,
-            time.time(),
             codec.encode_value(job),
         ]
         for request in requests:
@@ -133,7 +140,6 @@ class Records:
         status, num_open = await self._scripts["submit"](
             keys=[
                 keys.job(job.job_id),
-                keys.REQUESTS,
                 *(keys.request(request.request_id) for request in requests),
             ],
             args=arguments,
@@ -145,11 +151,29 @@ class Records:
         return bool(status)
 
     async def begin_attempt(self, request_id: str, attempt: str) -> bool:
-        """Name the attempt that may commit; False if the request is final already."""
-        answer = await self._scripts["begin_attempt"](
-            keys=[keys.request(request_id)], args=[attempt, time.time()]
+        """Name the attempt that may commit.
+
+        Returns:
+            False if the request is final already, unknown, or named by a newer epoch.
+
+        Raises:
+            EpochEndedError: A newer epoch than this one's has begun.
+        """
+        answer = await self._writer.call(
+            self._scripts["begin_attempt"],
+            keys=[keys.request(request_id)],
+            args=[self._writer.epoch, attempt],
         )
         return bool(answer)
+
+    async def make_room(self) -> None:
+        """Let the oldest results go where the server's memory is short, before it refuses any.
+
+        Raises:
+            EpochEndedError: A newer epoch than this one's has begun.
+        """
+        budget = self.retention.image_budget_bytes
+        await self._writer.call(self._scripts["make_room"], args=[self._writer.epoch, budget])
 
     async def fail(self, request_id: str, *, code: str, reason: str) -> bool:
         """Make a request final as failed; False if it is final already."""
@@ -164,82 +188,79 @@ class Records:
         self, request_id: str, state: str, code: str, reason: str, note: bytes
     ) -> bool:
         event = codec.encode(RequestFinished(request_id=request_id, state=state))
-        answer = await self._scripts["finish"](
-            keys=[keys.request(request_id), keys.REQUESTS, keys.EVENTS, keys.SCHEDULER],
-            args=[state, code, reason, time.time(), self.retention.record_ttl_s, event, note],
+        answer = await self._writer.call(
+            self._scripts["finish"],
+            keys=[keys.request(request_id)],
+            args=[
+                self._writer.epoch,
+                state,
+                code,
+                reason,
+                self.retention.record_ttl_s,
+                event,
+                note,
+            ],
         )
         return bool(answer)
 
     async def commit(self, commit: Commit) -> bool:
         """Store an image and make its request done; False if a newer attempt or a final state won.
 
-        Either way the producer is told that its pool slot is free.
+        Either way the producer is told that its pool slot is free, and the scheduler what happened.
         """
         decoded = commit.decoded
         image_key = keys.image(decoded.request_id, decoded.attempt)
         event = codec.encode(RequestFinished(request_id=decoded.request_id, state="done"))
+        refused = CommitRefused(
+            incarnation=decoded.incarnation,
+            request_id=decoded.request_id,
+            attempt=decoded.attempt,
+        )
         answer = await self._scripts["commit"](
             keys=[
                 keys.request(decoded.request_id),
-                keys.REQUESTS,
-                keys.EVENTS,
-                keys.SCHEDULER,
-                commit.release_to or keys.DEAD_LETTERS,
+                commit.release_to,
                 image_key,
-                keys.IMAGES,
-                keys.IMAGE_SIZES,
                 keys.latents(decoded.request_id, decoded.attempt),
             ],
             args=[
                 decoded.attempt,
                 commit.image,
                 codec.encode_value(commit.outcome),
-                time.time(),
                 self.retention.image_ttl_s,
                 self.retention.record_ttl_s,
                 self.retention.image_budget_bytes,
                 event,
                 codec.encode(decoded),
+                codec.encode(refused),
                 codec.encode(commit.release) if commit.release and commit.release_to else b"",
             ],
         )
         return bool(answer)
 
     async def read(self, request_id: str) -> RequestRecord | None:
-        """A request's record, None if there is none (never was, or has expired)."""
-        fields: dict[bytes, bytes] = await cast("Any", self.redis.hgetall(keys.request(request_id)))
-        if b"request" not in fields:
-            return None
-        request = codec.decode(fields[b"request"])
-        assert isinstance(request, GenerateImage)
+        """A request's record, None if there is none (never was, or has expired).
 
-        def instant(name: bytes) -> float | None:
-            return float(fields[name]) if name in fields else None
-
-        return RequestRecord(
-            request_id=request_id,
-            state=fields[b"state"].decode(),
-            attempt=fields[b"attempt"].decode(),
-            num_attempts=int(fields.get(b"attempts", b"0")),
-            submitted_at=float(fields[b"submitted_at"]),
-            started_at=instant(b"started_at"),
-            finished_at=instant(b"finished_at"),
-            request=request,
-            code=fields.get(b"code", b"").decode(),
-            reason=fields.get(b"reason", b"").decode(),
-            image_key=fields.get(b"image", b"").decode(),
-            outcome=codec.decode_value(fields[b"outcome"], Outcome)
-            if b"outcome" in fields
-            else None,
-        )
+        Raises:
+            ProtocolError: There is one that can't be read.
+        """
+        try:
+            fields = await cast("Any", self.redis.hgetall(keys.request(request_id)))
+            return _parse_record(request_id, fields) if b"request" in fields else None
+        except (ValueError, KeyError, ResponseError) as error:
+            if isinstance(error, ResponseError) and "WRONGTYPE" not in str(error):
+                raise
+            raise ProtocolError(f"the record of {request_id} can't be read: {error!r}") from error
 
     async def states(self, request_ids: Sequence[str]) -> list[str | None]:
         """States of many requests in one round trip, None where there is no record."""
         async with self.redis.pipeline(transaction=False) as pipeline:
             for request_id in request_ids:
                 pipeline.hget(keys.request(request_id), "state")
-            states: list[bytes | None] = await pipeline.execute()
-        return [state.decode() if state else None for state in states]
+            found = await pipeline.execute(raise_on_error=False)
+        # A record that is none is as good as lost.
+        states = [state if isinstance(state, bytes) else None for state in found]
+        return [state.decode(errors="replace") if state else None for state in states]
 
     async def read_job(self, job_id: str) -> JobRecord | None:
         """A job's record, None if there is none."""
@@ -254,3 +275,28 @@ class Records:
     async def open_requests(self) -> int:
         """How many requests have no final state yet."""
         return int(await self.redis.xlen(keys.REQUESTS))
+
+
+def _parse_record(request_id: str, fields: dict[bytes, bytes]) -> RequestRecord:
+    request = codec.decode(fields[b"request"])
+    if not isinstance(request, GenerateImage):
+        raise ProtocolError(f"the record of {request_id} holds a {type(request).__name__}")
+
+    def instant(name: bytes) -> float | None:
+        return float(fields[name]) if name in fields else None
+
+    outcome = fields.get(b"outcome")
+    return RequestRecord(
+        request_id=request_id,
+        state=fields[b"state"].decode(),
+        attempt=fields[b"attempt"].decode(),
+        num_attempts=int(fields.get(b"attempts", b"0")),
+        submitted_at=float(fields[b"submitted_at"]),
+        started_at=instant(b"started_at"),
+        finished_at=instant(b"finished_at"),
+        request=request,
+        code=fields.get(b"code", b"").decode(),
+        reason=fields.get(b"reason", b"").decode(),
+        image_key=fields.get(b"image", b"").decode(),
+        outcome=codec.decode_value(outcome, Outcome) if outcome else None,
+    )

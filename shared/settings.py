@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_serializer
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -33,6 +34,9 @@ PolicyName = Literal[
     "synerdiff-without-feedback",
 ]
 
+_MAX_WAIT_S = 60.0
+_WAIT_FRACTION = 0.5
+
 SHIPPED_PROFILES = Path(__file__).resolve().parents[1] / "profiles"
 
 
@@ -44,7 +48,11 @@ class ServiceSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="SYNERDIFF_", frozen=True, extra="ignore")
 
-    redis_url: str = Field("redis://localhost:6379/0", pattern=r"^(redis|rediss|unix)://")
+    redis_url: str = Field(
+        "redis://localhost:6379/0",
+        pattern=r"^(redis|rediss|unix)://",
+        description="an address that begins with redis://, rediss:// or unix://",
+    )
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     metrics_port: int = Field(0, ge=0, le=65535)
@@ -70,26 +78,46 @@ class ServiceSettings(BaseSettings):
 
 
 class GatewaySettings(ServiceSettings):
-    """max_open_requests: images accepted and not final. request_timeout_s: of a waiting client.
-
-    public_url: what links to pictures begin with; empty takes it from each request's Host.
-    max_guidance_skip: the most that any request may skip of its guidance, whatever it asks for.
-    """
+    """What a gateway listens on, accepts, and fills in where a request leaves it open."""
 
     host: str = "127.0.0.1"
+    """The address to listen on; empty for all."""
     port: int = Field(8000, ge=0, le=65535)
-    max_open_requests: int = Field(2_000, ge=1)
-    public_url: str = Field("", pattern=r"^(https?://.+[^/])?$")
+    """0 for a free one."""
+    public_url: str = Field(
+        "",
+        pattern=r"^(https?://\S*[^\s/])?$",
+        description="an address that begins with http:// or https:// and ends without a slash, "
+        "or empty",
+    )
+    """What links to pictures begin with; empty takes it from each request's Host."""
     max_body_kb: int = Field(1_024, ge=1)
-    request_timeout_s: float = Field(600.0, gt=0)
+    """Of a request's body, decompressed."""
+    max_open_requests: int = Field(2_000, ge=1)
+    """Images accepted and not final, whatever the scheduler says of its capacity."""
+    request_timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False)
+    """How long a waiting client waits at most."""
+    max_wait_s: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Until the predicted start of a request that names no deadline; above it requests are refused.
+    Left out, half of `request_timeout_s`, at most 60."""
     drain_timeout_s: float = Field(60.0, ge=0)
+    default_model: str = ""
+    """Of requests that name none; empty takes one that is ready."""
     default_steps: int = Field(25, ge=1)
-    default_guidance_scale: float = Field(5.0, ge=0)
+    default_guidance_scale: float = Field(5.0, ge=0, le=50)
     default_guidance_skip: Literal["off", "balanced", "fast"] = "balanced"
     max_guidance_skip: Literal["off", "balanced", "fast"] = "fast"
+    """The most that any request may skip of its guidance, whatever it asks for."""
     default_sampler: str = ""
     max_steps: int = Field(150, ge=1)
     max_side: int = Field(1_024, ge=8)
+
+    @property
+    def wait_limit_s(self) -> float:
+        """Return `max_wait_s`, or what holds where it is left out."""
+        if self.max_wait_s is not None:
+            return self.max_wait_s
+        return min(_MAX_WAIT_S, _WAIT_FRACTION * self.request_timeout_s)
 
 
 class SchedulerSettings(ServiceSettings):
@@ -117,20 +145,31 @@ class WorkerSettings(ServiceSettings):
     worker_id: who a restarted worker is; may hold {kind}, {hostname} and {pid}. device_group: empty
     means the physical device. threads: 0 means as many as the process may use. warm_up_sizes: sizes
     to be ready for beside the model's own, as in "256x256 512x768" (width first, in pixels); on a
-    CPU, others take longer a step.
+    CPU, others take longer a step. max_call_s: what takes longer, and much longer than its size
+    accounts for, is taken for stuck, and the worker ends to be started again. max_start_s: likewise
+    of its start.
     """
 
     worker_id: str = Field(
-        "{kind}-{hostname}-{pid}", pattern=r"^([\w.-]|\{(kind|hostname|pid)\})+$"
+        "{kind}-{hostname}-{pid}",
+        pattern=r"^([\w.-]|\{(kind|hostname|pid)\})+$",
+        description="letters, digits, dots, dashes and underlines, with {kind}, {hostname} and "
+        "{pid} for what they stand for",
     )
     device_group: str = ""
     model: Path = Path("models/emoji")
-    device: str = "auto"
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int = Field(0, ge=0)
     heartbeat_ttl_ms: int = Field(5_000, ge=500)
     transport: Literal["auto", "inline"] = "auto"
-    warm_up_sizes: str = Field("", pattern=r"^(\d+x\d+( \d+x\d+)*)?$")
+    max_call_s: float = Field(60.0, ge=1)
+    max_start_s: float = Field(1_800.0, ge=1)
+    warm_up_sizes: str = Field(
+        "",
+        pattern=r"^(\d+x\d+( \d+x\d+)*)?$",
+        description='sizes with spaces between them, as in "256x256 512x768", or empty',
+    )
 
     @property
     def sizes_to_warm_up(self) -> tuple[tuple[int, int], ...]:
@@ -178,12 +217,40 @@ def load_settings(kind: type[S]) -> S:
     try:
         return kind()
     except ValidationError as error:
+        properties = kind.model_json_schema()["properties"]
         lines = [
-            f"SYNERDIFF_{'_'.join(str(part) for part in issue['loc']).upper()}="
-            f"{issue.get('input')!r}: {issue['msg']}"
+            f"SYNERDIFF_{name.upper()}={issue.get('input')!r} should be "
+            f"{_describe(properties[name])}"
             for issue in error.errors()
+            for name in [str(issue["loc"][0]).lower()]
         ]
         raise ConfigurationError("; ".join(lines)) from error
+
+
+_KINDS = {"integer": "an integer", "number": "a number", "boolean": "true or false"}
+
+
+def _describe(schema: Mapping[str, Any]) -> str:
+    """Return in words what a setting may be.
+
+    >>> _describe({"type": "integer", "minimum": 0, "maximum": 65535})
+    'an integer from 0 to 65535'
+    """
+    if "description" in schema:
+        return str(schema["description"])
+    options = [option for option in schema.get("anyOf", [schema]) if option.get("type") != "null"]
+    option = options[0]
+    if "enum" in option:
+        return ", ".join(option["enum"][:-1]) + f" or {option['enum'][-1]}"
+    words = _KINDS.get(option.get("type", ""), "text")
+    least, most = option.get("minimum"), option.get("maximum")
+    above = option.get("exclusiveMinimum")
+    if most is not None:
+        start = f"above {above} and at most" if least is None else f"from {least} to"
+        return f"{words} {start} {most}"
+    if least is not None:
+        return f"{words} of at least {least}"
+    return words if above is None else f"{words} above {above}"
 
 
 def available_threads() -> int:

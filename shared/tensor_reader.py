@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from shared.errors import HandleLostError
 from shared.host import SHM_DIRECTORY, host_identity
 from shared.messages import TensorHandle
 from shared.pool_file import is_owner_alive, open_pool_file
-from shared.pool_layout import PoolFile, fence
+from shared.pool_layout import NUM_CONSUMER_WORDS, PoolFile, fence
 from shared.slot_memory import GpuSlots, MappedSlots, SlotMemory
 from shared.tensor_bytes import DTYPES, num_bytes
 
@@ -57,6 +58,8 @@ class TensorReader:
         self._directory = directory
         self._lock = threading.Lock()
         self._pools: dict[str, _OpenPool] = {}
+        # Few share a device; two that share a word at worst end each other's chunks early.
+        self._consumer = secrets.randbelow(NUM_CONSUMER_WORDS)
 
     def read(self, handle: TensorHandle) -> torch.Tensor:
         """A copy of the tensor that the handle names, the caller's own, on the pool's device.
@@ -98,7 +101,7 @@ class TensorReader:
         Raises:
             HandleLostError: There is no such pool on this host any more.
         """
-        self._open(pool).file.chunks_until_ns = until_ns
+        self._open(pool).file.note_chunks(self._consumer, until_ns)
 
     def drop_dead(self) -> int:
         """Let go of the pools that are gone: only then is their memory free. How many there were.

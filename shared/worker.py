@@ -14,25 +14,30 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from redis.asyncio import Redis
 
 from shared import codec, keys
 from shared.cuda_ipc import gpu_uuid
+from shared.errors import ConfigurationError
 from shared.host import device_identity, has_mps, host_identity
 from shared.messages import (
     BeginEpoch,
     LeaveWhenDone,
     Message,
+    RefuseWorker,
     WorkerDraining,
     WorkerInfo,
     WorkerLost,
     WorkerRegistered,
 )
 from shared.probe import READINESS
+from shared.settings import WorkerSettings
 from shared.streams import MAX_BLOCK_MS, Streams, script
+from shared.tasks import TaskGroup
+from shared.watchdog import Watchdog, watching_interpreter
 
 T = TypeVar("T")
 
@@ -84,34 +89,69 @@ def sample_for(window_s: float, sample: Callable[[], T]) -> list[T]:
     return samples[1:-1] or samples[1:] or samples
 
 
+@dataclass(frozen=True, slots=True)
+class Timed(Generic[T]):
+    """A call's result, and how long it took."""
+
+    result: T
+    duration_s: float
+
+
 class ComputeThread:
     """The one thread that calls the model.
 
     Args:
         default_threads: CPU threads of a call that asks for 0.
+        watchdog: Watches over every call.
     """
 
-    def __init__(self, default_threads: int) -> None:
+    def __init__(self, default_threads: int, watchdog: Watchdog) -> None:
+        self._watchdog = watchdog
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._default_threads = default_threads
         self._threads = 0
 
-    async def run(self, call: Callable[[], T], *, threads: int = 0) -> T:
-        """The call's result, computed with so many CPU threads (0: the default)."""
+    async def run(
+        self, what: str, call: Callable[[], T], *, within_s: float, threads: int = 0
+    ) -> T:
+        """The call's result, as `run_timed`."""
+        return (await self.run_timed(what, call, within_s=within_s, threads=threads)).result
+
+    async def run_timed(
+        self, what: str, call: Callable[[], T], *, within_s: float, threads: int = 0
+    ) -> Timed[T]:
+        """The call's result, computed with so many CPU threads (0: the default).
+
+        what: in words. within_s: it is taken for stuck when it takes longer. The duration is the
+        call's own, without the wait for the thread before it and for the event loop after it.
+        """
         wanted = threads or self._default_threads
 
-        def compute() -> T:
-            if wanted != self._threads:
-                # A setting of the calling thread, so it has to happen here.
-                torch.set_num_threads(wanted)
-                self._threads = wanted
-            return call()
+        def compute() -> Timed[T]:
+            with self._watchdog.watching(what, within_s):
+                if wanted != self._threads:
+                    # A setting of the calling thread, so it has to happen here.
+                    torch.set_num_threads(wanted)
+                    self._threads = wanted
+                started_at = time.perf_counter()
+                result = call()
+                return Timed(result, time.perf_counter() - started_at)
 
         return await asyncio.get_running_loop().run_in_executor(self._executor, compute)
 
     def close(self) -> None:
         """Let the current call end; wait for it."""
         self._executor.shutdown()
+
+
+async def run_beside(watchdog: Watchdog, what: str, call: Callable[[], T], *, within_s: float) -> T:
+    """The call's result, from a helper thread; as watched as what the compute thread runs."""
+
+    def watched() -> T:
+        with watchdog.watching(what, within_s):
+            return call()
+
+    return await asyncio.to_thread(watched)
 
 
 def keep_helpers_serial() -> None:
@@ -140,12 +180,13 @@ class WorkerLink:
     Args:
         redis: The connection; the caller owns it.
         incarnation: Whose streams to read.
-        heartbeat_ttl_ms: A worker that is silent for so long is lost.
-        drain_timeout_s: How long draining may take; then it stops whatever is left.
+        settings: After `heartbeat_ttl_ms` of silence a worker is lost; draining that takes longer
+            than `drain_timeout_s` stops whatever is left.
+        watchdog: While something is overdue, there are no heartbeats: work is what shows life.
     """
 
     def __init__(
-        self, redis: Redis, incarnation: str, *, heartbeat_ttl_ms: int, drain_timeout_s: float
+        self, redis: Redis, incarnation: str, settings: WorkerSettings, watchdog: Watchdog
     ) -> None:
         self.incarnation = incarnation
         self.work: deque[Message] = deque()
@@ -153,9 +194,11 @@ class WorkerLink:
         self._redis = redis
         self._streams = Streams(redis)
         self._heartbeat = script(redis, "heartbeat")
-        self._heartbeat_ttl_ms = heartbeat_ttl_ms
+        self._heartbeat_ttl_ms = settings.heartbeat_ttl_ms
+        self._max_call_s = settings.max_call_s
+        self._watchdog = watchdog
         self._outbox: asyncio.Queue[Message | None] = asyncio.Queue()
-        self._drain_timeout_s = drain_timeout_s
+        self._drain_timeout_s = settings.drain_timeout_s
         self._has_news = asyncio.Event()
         self._is_draining = asyncio.Event()
         self._may_leave = False
@@ -206,10 +249,15 @@ class WorkerLink:
         self._has_news.clear()
 
     async def run(self, info: WorkerInfo) -> None:
-        """Register, then read and send until stopped; says goodbye at the end."""
+        """Register, then read and send until stopped; says goodbye at the end.
+
+        Raises:
+            ConfigurationError: The scheduler has refused this worker.
+        """
         await self._beat(info)
-        async with asyncio.TaskGroup() as group:
+        async with TaskGroup() as group:
             group.create_task(self._beat_until_stopped(info))
+            group.create_task(self._show_loop_alive())
             group.create_task(self._read_until_stopped())
             group.create_task(self._send_until_stopped())
             group.create_task(self._stop_drained_late())
@@ -236,8 +284,19 @@ class WorkerLink:
 
     async def _beat_until_stopped(self, info: WorkerInfo) -> None:
         while not self.is_stopping:
-            await self._beat(info)
+            if self._watchdog.overdue:
+                READINESS.renew(0)
+            else:
+                await self._beat(info)
             await self._pause(self._heartbeat_ttl_ms / 5_000)
+
+    async def _show_loop_alive(self) -> None:
+        """Apart from heartbeats, which wait where Redis is away."""
+        with watching_interpreter(self._max_call_s) as renew:
+            while not self.is_stopping:
+                if not self._watchdog.overdue:
+                    renew()
+                await self._pause(min(1.0, self._max_call_s / 5))
 
     async def _stop_drained_late(self) -> None:
         """Bound the time that draining takes, with and without an answer."""
@@ -284,8 +343,10 @@ class WorkerLink:
         match message:
             case LeaveWhenDone():
                 self._may_leave = True
+            case RefuseWorker(reason=reason):
+                raise ConfigurationError(reason)
             case BeginEpoch() if self.is_draining:
-                # The new scheduler does not know yet.
+                # This scheduler may not know yet.
                 self._may_leave = False
                 self.post(WorkerDraining(incarnation=self.incarnation))
             case _:

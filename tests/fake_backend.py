@@ -80,9 +80,16 @@ async def register(redis: Redis, worker: WorkerInfo, *, ttl_ms: int = 600_000) -
     )
 
 
-async def write_status(redis: Redis, queue: list[str], *, ttl_s: int = 600) -> None:
+async def write_status(
+    redis: Redis,
+    queue: list[str],
+    *,
+    capacity: dict[str, dict[str, float]] | None = None,
+    ttl_s: int = 600,
+) -> None:
     """What a scheduler writes every second."""
-    await redis.set(keys.STATUS, codec.encode_value({"queue": queue}), ex=ttl_s)
+    status = {"queue": queue, "capacity": capacity or {}}
+    await redis.set(keys.STATUS, codec.encode_value(status), ex=ttl_s)
 
 
 def paint(parameters: ImageParameters) -> bytes:

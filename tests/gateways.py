@@ -35,7 +35,7 @@ class RunningGateway:
 
 @asynccontextmanager
 async def running_gateway(url: str, **settings: object) -> AsyncIterator[RunningGateway]:
-    redis = connect(url)
+    redis = connect(url, is_patient=False)
     service = GatewayService(redis, GatewaySettings(redis_url=url, port=0, **settings))  # type: ignore[arg-type]
     task = asyncio.create_task(service.run())
     while not service.url:

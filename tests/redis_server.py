@@ -78,6 +78,7 @@ class RedisServer:
         with self.client() as client:
             client.flushall()
             client.config_set("maxmemory", 0)
+            client.config_set("min-replicas-to-write", 0)
 
     def stop(self) -> None:
         """Ask the server to leave; its append-only file stays complete."""

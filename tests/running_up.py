@@ -36,9 +36,10 @@ class Up:
     process: subprocess.Popen[bytes]
 
     @classmethod
-    def start(cls, model: Path, data_dir: Path, *more: str) -> Up:
+    def start(cls, model: Path, data_dir: Path, *more: str, said: Path | None = None) -> Up:
+        """said: the file for what it says; beside the data by default."""
         port = reserve_port("127.0.0.1", 0)
-        output = data_dir.with_suffix(f".{port}.txt")
+        output = said or data_dir.with_suffix(f".{port}.txt")
         with output.open("wb") as file:
             process = subprocess.Popen(
                 [*command(model, data_dir), "--port", str(port), *more], stdout=file, stderr=file

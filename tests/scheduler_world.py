@@ -9,11 +9,21 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field, replace
 
-from services.scheduler.commands import BeginAttempt, Command, FailRequest, ForgetWorker, Send
+from services.scheduler.commands import (
+    BeginAttempt,
+    Command,
+    FailRequest,
+    ForgetWorker,
+    ParkEvent,
+    Send,
+)
 from services.scheduler.core import Core, CoreSettings
-from services.scheduler.events import Event, RequestRecovered, Tick
+from services.scheduler.events import AttemptRefused, Event, RequestRecovered, Tick
+from services.scheduler.liveness import Patience
 from services.scheduler.policies import PolicyOptions, make_policy
+from services.scheduler.policy import GroupView, Plan, Policy
 from services.scheduler.profile import Profile
+from services.scheduler.threshold import Threshold
 from shared import messages
 
 MODEL = messages.ModelInfo(
@@ -43,6 +53,7 @@ def make_request(
     deadline_ms: int = 0,
     owner: str = "",
     sampler: str = "ddim",
+    model: str = "m",
 ) -> messages.GenerateImage:
     parameters = messages.ImageParameters(
         prompt=request_id,
@@ -56,7 +67,7 @@ def make_request(
         guidance_skip=guidance_skip,
         output_format="png",
         output_compression=100,
-        model="m",
+        model=model,
     )
     return messages.GenerateImage(
         request_id=request_id,
@@ -69,8 +80,13 @@ def make_request(
     )
 
 
+def warnings_of(request_id: str) -> tuple[str, ...]:
+    """What a worker warns of at a request's admission."""
+    return (f"the prompt of {request_id} was cut",)
+
+
 def make_worker(
-    kind: str, worker_id: str, incarnation: str, *, group: str = "g"
+    kind: str, worker_id: str, incarnation: str, *, group: str = "g", model: str = "m"
 ) -> messages.WorkerInfo:
     return messages.WorkerInfo(
         worker_id=worker_id,
@@ -82,12 +98,43 @@ def make_worker(
         dtype="float32",
         threads=2,
         max_requests=16,
-        model_id="m",
-        model=MODEL if kind == "unet" else None,
+        model_id=model,
+        model=replace(MODEL, model_id=model) if kind == "unet" else None,
         step_ms={1: 10.0, 2: 12.0, 4: 20.0, 8: 40.0} if kind == "unet" else {},
         decode_ms=20.0,
         num_chunks=4,
     )
+
+
+POISON = "poison"
+"""A prompt that makes a `TouchyPolicy` raise whenever it has to plan for it."""
+
+
+@dataclass(frozen=True)
+class TouchyPolicy:
+    """Another policy, with a fault."""
+
+    policy: Policy
+
+    @property
+    def admission_factor(self) -> int:
+        return self.policy.admission_factor
+
+    @property
+    def plans_overlap(self) -> bool:
+        return self.policy.plans_overlap
+
+    def first_threshold(self) -> Threshold:
+        return self.policy.first_threshold()
+
+    def adjust(self, view: GroupView) -> Threshold:
+        return self.policy.adjust(view)
+
+    def plan(self, view: GroupView) -> Plan:
+        members = [*view.requests, *(decode.request for decode in view.decodes)]
+        if any(one.request.parameters.prompt.startswith(POISON) for one in members):
+            raise ArithmeticError("poison")
+        return self.policy.plan(view)
 
 
 @dataclass
@@ -101,7 +148,11 @@ class FakeUnet:
     held: dict[str, tuple[str, int, int, bool]] = field(default_factory=dict)
     slots: deque[messages.DenoiseSlot] = field(default_factory=deque)
     finished: dict[int, messages.LatentsFinished] = field(default_factory=dict)
+    skipped: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    last_full: dict[tuple[str, str], int] = field(default_factory=dict)
     epoch: int = 0
+    unread: deque[messages.Message] = field(default_factory=deque)
+    hangs: bool = False
 
 
 @dataclass
@@ -109,6 +160,11 @@ class FakeDecode:
     command: messages.DecodeLatents
     granted: int = 0
     done: int = 0
+
+    @property
+    def num_chunks(self) -> int:
+        """Small pictures are cut into fewer, large ones into more than workers say in general."""
+        return {32: 3, 64: 4}.get(self.command.parameters.width, 6)
 
 
 @dataclass
@@ -118,6 +174,8 @@ class FakeVae:
     may_leave: bool = False
     decodes: dict[str, FakeDecode] = field(default_factory=dict)
     epoch: int = 0
+    unread: deque[messages.Message] = field(default_factory=deque)
+    hangs: bool = False
 
 
 @dataclass
@@ -125,15 +183,21 @@ class World:
     policy: str = "continuous-parallel"
     options: PolicyOptions = field(default_factory=PolicyOptions)
     profiles: tuple[Profile, ...] = ()
+    patience: Patience = field(default_factory=Patience)
+    max_attempts: int = 50
     drift: float = 1.0
     now: float = 0.0
     epoch: int = 0
     unets: dict[str, FakeUnet] = field(default_factory=dict)
     vaes: dict[str, FakeVae] = field(default_factory=dict)
-    mail: deque[messages.Message] = field(default_factory=deque)
+    mail: deque[Event] = field(default_factory=deque)
     open_requests: dict[str, messages.GenerateImage] = field(default_factory=dict)
     attempts: dict[str, list[str]] = field(default_factory=dict)
     final: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    parked: list[ParkEvent] = field(default_factory=list)
+    lapsed: set[str] = field(default_factory=set)
+    lost_kinds: list[type[messages.Message]] = field(default_factory=list)
     ran: set[tuple[str, str, int]] = field(default_factory=set)
     states: dict[tuple[str, str], int] = field(default_factory=dict)
     num_incarnations: int = 0
@@ -163,13 +227,19 @@ class World:
                 )
             )
         for worker in [*self.unets.values(), *self.vaes.values()]:
-            self.feed(messages.WorkerRegistered(worker=worker.info))
+            if worker.info.incarnation not in self.lapsed:
+                self.feed(messages.WorkerRegistered(worker=worker.info))
 
     def _make_core(self) -> Core:
         return Core(
             epoch=self.epoch,
-            policy=make_policy(self.policy, self.options),
-            settings=CoreSettings(max_attempts=50, recovery_s=3.0, profiles=self.profiles),
+            policy=TouchyPolicy(make_policy(self.policy, self.options)),
+            settings=CoreSettings(
+                max_attempts=self.max_attempts,
+                recovery_s=3.0,
+                profiles=self.profiles,
+                patience=self.patience,
+            ),
             now=self.began_at,
         )
 
@@ -208,16 +278,25 @@ class World:
         for command in commands:
             match command:
                 case BeginAttempt(request_id=request_id, attempt=attempt):
-                    self.attempts.setdefault(request_id, []).append(attempt)
-                case FailRequest(request_id=request_id):
-                    self.finish(request_id, "failed")
+                    if request_id in self.open_requests:
+                        self.attempts.setdefault(request_id, []).append(attempt)
+                    else:
+                        refused = AttemptRefused(request_id=request_id, attempt=attempt)
+                        self.mail.append(refused)
+                case FailRequest(request_id=request_id, code=code):
+                    if self.finish(request_id, "failed"):
+                        self.failures[request_id] = code
+                case ParkEvent():
+                    self.parked.append(command)
                 case ForgetWorker(incarnation=incarnation):
                     assert incarnation not in self.core.unets
+                    if worker := self.unets.get(incarnation) or self.vaes.get(incarnation):
+                        worker.unread.clear()
                 case Send(incarnation=incarnation, message=message):
                     self._receive(incarnation, message)
 
     def finish(self, request_id: str, state: str) -> bool:
-        if request_id in self.final:
+        if request_id not in self.open_requests:
             return False
         self.final[request_id] = state
         del self.open_requests[request_id]
@@ -226,7 +305,13 @@ class World:
     # --- what happens to workers ---
 
     def start_worker(
-        self, kind: str, worker_id: str, *, group: str = "g", runs_side_by_side: bool = True
+        self,
+        kind: str,
+        worker_id: str,
+        *,
+        group: str = "g",
+        model: str = "m",
+        runs_side_by_side: bool = True,
     ) -> None:
         """A worker process begins; one of the same name is gone then."""
         self.num_incarnations += 1
@@ -234,8 +319,9 @@ class World:
         for workers in (self.unets, self.vaes):
             for name in [n for n, w in workers.items() if w.info.worker_id == worker_id]:
                 del workers[name]
+                self.lapsed.discard(name)
         info = replace(
-            make_worker(kind, worker_id, incarnation, group=group),
+            make_worker(kind, worker_id, incarnation, group=group, model=model),
             runs_side_by_side=runs_side_by_side,
         )
         if kind == "unet":
@@ -247,7 +333,38 @@ class World:
     def kill_worker(self, incarnation: str) -> None:
         self.unets.pop(incarnation, None)
         self.vaes.pop(incarnation, None)
+        self.lapsed.discard(incarnation)
         self.mail.append(messages.WorkerLost(incarnation=incarnation))
+
+    def lapse(self, incarnation: str) -> None:
+        """A worker's heartbeat comes too late; it goes on with what it has."""
+        self.lapsed.add(incarnation)
+        self.mail.append(messages.WorkerLost(incarnation=incarnation))
+
+    def come_back(self, incarnation: str) -> None:
+        """Its heart beats again, in the same incarnation."""
+        self.lapsed.discard(incarnation)
+        worker = self.unets.get(incarnation) or self.vaes[incarnation]
+        self.mail.append(messages.WorkerRegistered(worker=worker.info))
+
+    def hang(self, incarnation: str) -> None:
+        """A worker's computation stands still; its heart beats on."""
+        (self.unets.get(incarnation) or self.vaes[incarnation]).hangs = True
+
+    def go_on(self, incarnation: str) -> None:
+        """It computes again. What it was sent meanwhile is there behind what hung."""
+        worker = self.unets.get(incarnation) or self.vaes[incarnation]
+        worker.hangs = False
+        if isinstance(worker, FakeUnet) and worker.slots:
+            self.run_slot(incarnation)
+        unread = [*worker.unread]
+        worker.unread.clear()
+        for message in unread:
+            self._receive(incarnation, message)
+
+    def lose_next(self, kind: type[messages.Message]) -> None:
+        """The next message of this kind never reaches its worker."""
+        self.lost_kinds.append(kind)
 
     def drain_worker(self, incarnation: str) -> None:
         """A worker is told to stop, between two slots."""
@@ -287,6 +404,12 @@ class World:
 
     def _receive(self, incarnation: str, message: messages.Message) -> None:
         worker = self.unets.get(incarnation) or self.vaes.get(incarnation)
+        if type(message) in self.lost_kinds:
+            self.lost_kinds.remove(type(message))
+            return
+        if worker and worker.hangs:
+            worker.unread.append(message)
+            return
         if worker and worker.is_draining and isinstance(message, messages.LeaveWhenDone):
             worker.may_leave = True
         if worker and worker.is_draining and isinstance(message, messages.BeginEpoch):
@@ -333,6 +456,7 @@ class World:
                         num_forwards=parameters.num_inference_steps,
                         is_guided=guided,
                         step_index=step,
+                        warnings=warnings_of(message.request_id),
                     )
                 )
             case messages.DenoiseSlot() if message.epoch >= unet.epoch:
@@ -352,7 +476,7 @@ class World:
                     del unet.held[request_id]
             case messages.ReleaseLatents(slot=slot):
                 unet.finished.pop(slot, None)
-            case messages.BeginEpoch(epoch=epoch) if epoch > unet.epoch:
+            case messages.BeginEpoch(epoch=epoch) if epoch >= unet.epoch:
                 unet.epoch = epoch
                 unet.slots.clear()
                 held = tuple(
@@ -362,6 +486,9 @@ class World:
                         step_index=step,
                         num_forwards=total,
                         is_guided=guided,
+                        num_skipped=len(unet.skipped.get((request_id, attempt), ())),
+                        last_full=unet.last_full.get((request_id, attempt), -1),
+                        warnings=warnings_of(request_id),
                     )
                     for request_id, (attempt, step, total, guided) in unet.held.items()
                 )
@@ -393,6 +520,10 @@ class World:
             is_held = attempt == row.attempt and step < total
             # Every other step of a guided request may be skipped, after the first two.
             skips = has_run and row.skip and guided and row.step_index % 2 == 0 < row.step_index
+            if skips:
+                unet.skipped.setdefault((row.request_id, attempt), []).append(row.step_index)
+            elif has_run:
+                unet.last_full[row.request_id, attempt] = row.step_index
             can_skip = is_held and guided and step % 2 == 0 < step
             reports.append(
                 messages.RowReport(
@@ -429,7 +560,12 @@ class World:
                 dtype="float32",
             )
             latents = messages.LatentsFinished(
-                incarnation=incarnation, request_id=request_id, attempt=attempt, handle=handle
+                incarnation=incarnation,
+                request_id=request_id,
+                attempt=attempt,
+                handle=handle,
+                skipped_steps=tuple(unet.skipped.get((request_id, attempt), ())),
+                warnings=warnings_of(request_id),
             )
             unet.finished[self.num_latents] = latents
             self.mail.append(latents)
@@ -438,16 +574,19 @@ class World:
 
     def _vae_receives(self, vae: FakeVae, message: messages.Message) -> None:
         match message:
-            case messages.BeginEpoch(epoch=epoch):
+            case messages.BeginEpoch(epoch=epoch) if epoch >= vae.epoch:
                 vae.epoch = epoch
                 vae.decodes.clear()
+                self.mail.append(
+                    messages.WorkerAnnounced(incarnation=vae.info.incarnation, epoch=epoch)
+                )
             case messages.DecodeLatents() if message.epoch >= vae.epoch:
                 vae.decodes[message.request_id] = FakeDecode(message)
             case messages.GrantChunks() if message.epoch >= vae.epoch:
                 known = vae.decodes.get(message.request_id)
                 if known and known.command.attempt == message.attempt:
                     known.granted += message.chunks
-                    assert known.granted <= vae.info.num_chunks
+                    assert known.granted <= max(vae.info.num_chunks, known.num_chunks)
             case messages.MeasureChunks():
                 assert not self.decodable(vae.info.incarnation), "measured while chunks wait"
                 self.mail.append(
@@ -465,14 +604,18 @@ class World:
 
     def decodable(self, incarnation: str) -> list[str]:
         vae = self.vaes[incarnation]
-        return [name for name, decode in vae.decodes.items() if decode.granted > decode.done]
+        if vae.hangs:
+            return []
+        return [
+            name for name, one in vae.decodes.items() if min(one.granted, one.num_chunks) > one.done
+        ]
 
     def decode(self, incarnation: str, request_id: str) -> None:
         """Run the chunks that are granted; the last one commits."""
         decode = self.vaes[incarnation].decodes[request_id]
         command = decode.command
-        num_run = decode.granted - decode.done
-        decode.done = decode.granted
+        done = min(decode.granted, decode.num_chunks)
+        num_run, decode.done = done - decode.done, done
         self.mail.append(
             messages.ChunksDecoded(
                 incarnation=incarnation,
@@ -480,9 +623,10 @@ class World:
                 attempt=command.attempt,
                 chunks_done=decode.done,
                 duration_ms=5.0 * num_run * self.drift,
+                num_chunks=decode.num_chunks,
             )
         )
-        if decode.done < self.vaes[incarnation].info.num_chunks:
+        if decode.done < decode.num_chunks:
             return
         del self.vaes[incarnation].decodes[request_id]
         producer = self.unets.get(command.handle.owner)
@@ -509,6 +653,12 @@ class World:
                     transport="shm",
                 )
             )
+        else:
+            self.mail.append(
+                messages.CommitRefused(
+                    incarnation=incarnation, request_id=request_id, attempt=command.attempt
+                )
+            )
         self.leave_if_done(incarnation)
 
     def run_until_quiet(self, *, max_rounds: int = 3_000) -> None:
@@ -519,7 +669,7 @@ class World:
                 continue
             busy = False
             for name in list(self.unets):
-                if self.unets[name].slots:
+                if self.unets[name].slots and not self.unets[name].hangs:
                     self.run_slot(name)
                     busy = True
             for name in list(self.vaes):

@@ -7,4 +7,4 @@ from shared.service_main import run_service
 from shared.settings import GatewaySettings
 
 if __name__ == "__main__":
-    run_service("gateway", GatewaySettings, GatewayService)
+    run_service("gateway", GatewaySettings, GatewayService, is_patient=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 
@@ -12,8 +11,10 @@ from aiohttp import web
 from services.gateway import jobs_api, models_api, openai_api, pages
 from services.gateway.context import GATEWAY, REQUEST_ID, Gateway
 from services.gateway.http_errors import from_exception
+from services.gateway.http_server import add_common_headers, new_request_id
 from services.gateway.replies import ReadinessReply
 from shared import metrics
+from shared.errors import InvalidRequestError
 from shared.logs import get_logger
 
 _CLIENT_GONE = 499
@@ -49,7 +50,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 @web.middleware
 async def _edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     """The one place where exceptions become answers."""
-    request[REQUEST_ID] = f"req_{secrets.token_hex(12)}"
+    request[REQUEST_ID] = new_request_id()
     resource = request.match_info.route.resource
     route = resource.canonical if resource else "unmatched"
     method = request.method if resource else "any"  # clients must not invent label values
@@ -68,6 +69,7 @@ async def _edge(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
+        _check_host(request)
         return await handler(request)
     except Exception as error:  # the edge: whatever it is becomes an answer
         answer = from_exception(error)
@@ -76,10 +78,14 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         return answer.response()
 
 
+def _check_host(request: web.Request) -> None:
+    """Raise InvalidRequestError for a name that can't become part of links."""
+    if not request.host.isascii():
+        raise InvalidRequestError("The 'Host' is not a name.", allowed="ASCII characters")
+
+
 async def _sign(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers["x-request-id"] = request.get(REQUEST_ID, "")
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    response.headers["Server"] = "synerdiff"
+    add_common_headers(response, request.get(REQUEST_ID) or new_request_id())
 
 
 async def _show_health(_: web.Request) -> web.Response:

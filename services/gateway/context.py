@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from services.gateway.events import EventBoard
-from services.gateway.fleet import Fleet, FleetWatch
+from services.gateway.fleet import Fleet
+from services.gateway.fleet_watch import FleetWatch
 from services.gateway.generation import Generation
 from shared.records import Records
 from shared.settings import GatewaySettings

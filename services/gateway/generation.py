@@ -5,20 +5,30 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 
 from redis.exceptions import OutOfMemoryError, RedisError
 
+from services.gateway.admission import (
+    Ledger,
+    WaitLimits,
+    check_admission,
+    order_work_s,
+    wait_s,
+)
 from services.gateway.events import EventBoard, Watch
+from services.gateway.fleet_watch import FleetWatch
 from services.gateway.http_errors import ApiError, failure, unavailable
 from services.gateway.order import ImageOrder
 from shared.errors import OverloadedError
 from shared.logs import get_logger
 from shared.messages import GenerateImage
 from shared.records import JobRecord, Records, RequestRecord
+
+_CANCEL_AGAIN_S = 0.5
 
 log = get_logger()
 
@@ -35,13 +45,29 @@ class Submission:
 class Generation:
     """The way from an order to its pictures.
 
-    records, board: the caller owns their connection. max_open: requests without a final state.
+    Args:
+        records: The store; the caller owns its connection, as that of the others.
+        board: News of requests.
+        fleet_watch: What the scheduler says of its backlog.
+        max_open: At most so many requests without a final state.
+        limits: How long pictures may take to come.
     """
 
-    def __init__(self, records: Records, board: EventBoard, *, max_open: int) -> None:
+    def __init__(
+        self,
+        records: Records,
+        board: EventBoard,
+        fleet_watch: FleetWatch,
+        *,
+        max_open: int,
+        limits: WaitLimits,
+    ) -> None:
         self._records = records
         self._board = board
+        self._fleet_watch = fleet_watch
         self._max_open = max_open
+        self._limits = limits
+        self._ledger = Ledger()
         self._abandoned: asyncio.Queue[str] = asyncio.Queue()
 
     @asynccontextmanager
@@ -51,7 +77,7 @@ class Generation:
         """Submit an order and watch it; on leaving, what has no final state is cancelled.
 
         Raises:
-            OverloadedError: Too many open requests.
+            OverloadedError: Too much work is ahead of it, or too many requests are open.
             RedisError: The store is full or does not answer.
         """
         job, requests = _make_job(order, job_id=job_id, owner=owner)
@@ -59,7 +85,8 @@ class Generation:
             is_refused = False
             try:
                 try:
-                    await self._records.submit(job, requests, max_open=self._max_open)
+                    with self._entering(order):
+                        await self._records.submit(job, requests, max_open=self._max_open)
                 except (OverloadedError, OutOfMemoryError):
                     is_refused = True
                     raise
@@ -69,6 +96,36 @@ class Generation:
                 if not is_refused:
                     for request_id in watch.unfinished:
                         self._abandoned.put_nowait(request_id)
+
+    @contextmanager
+    def _entering(self, order: ImageOrder) -> Iterator[None]:
+        """Check that an order's turn comes in time, and count it as work while it is submitted.
+
+        While the scheduler does not know the model's capacity, the number of open requests alone
+        bounds what is accepted.
+        """
+        capacities = self._fleet_watch.fleet.capacities
+        model_id = order.model.model_id
+        capacity = capacities.by_model.get(model_id)
+        if capacity is None:
+            yield
+            return
+        now = time.monotonic()
+        work_s = order_work_s(order, capacity)
+        accepted = self._ledger.since(model_id, capacities.written_at)
+        check_admission(
+            start_s=wait_s(capacity, capacities.written_at, accepted, now),
+            work_s=work_s,
+            deadline_ms=order.deadline_ms,
+            limits=self._limits,
+        )
+        entry = self._ledger.add(model_id, work_s, now)
+        try:
+            yield
+        except BaseException:
+            self._ledger.withdraw(entry)
+            raise
+        self._ledger.confirm(entry, time.monotonic())
 
     async def wait(self, sent: Submission) -> list[RequestRecord]:
         """The records of the requests, in order, once all of them are done.
@@ -114,14 +171,16 @@ class Generation:
         return image
 
     async def run(self) -> None:
-        """Cancel what has been abandoned, for ever."""
+        """Cancel what has been abandoned, for ever; what the store does not take, again later."""
         while True:
             request_id = await self._abandoned.get()
             try:
                 if await self._records.cancel(request_id, reason="Nobody waits for it any more."):
                     log.info("cancelled", request_id=request_id)
             except (RedisError, OSError) as error:
-                log.warning("can't cancel", request_id=request_id, error=str(error))
+                log.warning("can't cancel yet", request_id=request_id, error=str(error))
+                self._abandoned.put_nowait(request_id)
+                await asyncio.sleep(_CANCEL_AGAIN_S)
             finally:
                 self._abandoned.task_done()
 
@@ -133,7 +192,6 @@ class Generation:
 def _make_job(
     order: ImageOrder, *, job_id: str, owner: str
 ) -> tuple[JobRecord, list[GenerateImage]]:
-    now = time.time()
     requests = [
         GenerateImage(
             request_id=f"img_{secrets.token_hex(12)}",
@@ -141,7 +199,6 @@ def _make_job(
             owner=owner,
             priority=order.priority,
             deadline_ms=order.deadline_ms,
-            submitted_at=now,
             parameters=parameters,
         )
         for parameters in order.images

@@ -11,7 +11,7 @@ from aiohttp import web
 from redis.exceptions import OutOfMemoryError, RedisError
 
 from services.gateway.replies import ErrorDetail, ErrorReply
-from shared.errors import InvalidRequestError, OverloadedError
+from shared.errors import InvalidRequestError, OverloadedError, ProtocolError
 from shared.records import RequestRecord
 
 STATUS_BY_FAILURE: Mapping[str, int] = {
@@ -42,6 +42,10 @@ class ApiError(Exception):
     retry_after_s: float | None = None
     can_retry: bool = True
     headers: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Return the message."""
+        return self.message
 
     @property
     def detail(self) -> ErrorDetail:
@@ -118,6 +122,13 @@ def from_exception(error: Exception) -> ApiError:
             answer = unavailable("The store is full.", code="store_full", retry_after_s=5.0)
         case RedisError() | ConnectionError():
             answer = unavailable("The store does not answer.", code="store_unavailable")
+        case ProtocolError():
+            answer = ApiError(
+                status=HTTPStatus.INTERNAL_SERVER_ERROR,
+                message="What the store holds of this request can't be read.",
+                code=error.code,
+                can_retry=False,
+            )
         case TimeoutError():
             answer = ApiError(
                 status=HTTPStatus.GATEWAY_TIMEOUT,
@@ -126,6 +137,12 @@ def from_exception(error: Exception) -> ApiError:
             )
         case web.HTTPException():
             answer = _from_http(error)
+        case web.RequestPayloadError():
+            answer = ApiError(
+                status=HTTPStatus.BAD_REQUEST,
+                message="The body is not framed as its headers say.",
+                code="malformed_http",
+            )
         case _:
             answer = ApiError(
                 status=HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -139,6 +156,7 @@ _HTTP_CODES = {
     HTTPStatus.NOT_FOUND: "not_found",
     HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "body_too_large",
+    HTTPStatus.EXPECTATION_FAILED: "expectation_failed",
 }
 
 
@@ -152,6 +170,8 @@ def _from_http(error: web.HTTPException) -> ApiError:
             message = f"{error.method} is not possible here. Allowed: {allowed}."
         case web.HTTPRequestEntityTooLarge():
             message = f"The body is too large. {error.text}"
+        case web.HTTPExpectationFailed():
+            message = "The 'Expect' is not known here. Allowed: 100-continue."
         case _:
             message = error.reason or "The request could not be served."
     return ApiError(

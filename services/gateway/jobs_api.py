@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import asdict
 from http import HTTPStatus
 
@@ -10,7 +11,7 @@ from aiohttp import web
 
 from services.gateway import replies
 from services.gateway.context import GATEWAY, Gateway
-from services.gateway.http_errors import failure, not_found
+from services.gateway.http_errors import failure, not_found, unavailable
 from shared.records import RequestRecord
 
 _POLL_AFTER_S = 1
@@ -57,6 +58,8 @@ async def cancel_request(request: web.Request) -> web.Response:
 
 async def _read(request: web.Request, gateway: Gateway) -> RequestRecord:
     request_id = request.match_info["request_id"]
+    if gateway.fleet.is_silent(time.monotonic()):
+        raise unavailable("Redis does not answer.", code="store_unavailable")
     record = await gateway.records.read(request_id) if _ID.fullmatch(request_id) else None
     if record is None:
         raise not_found(f"There is no request {request_id[:64]!r}, or it was long ago.")

@@ -30,18 +30,25 @@ async def show_model(request: web.Request) -> web.Response:
     return web.json_response(text=describe_model(model, gateway.settings).model_dump_json())
 
 
-def choose_model(name: str | None, fleet: Fleet) -> SeenModel:
-    """The model that is meant: the one of that name, or without a name the first by name.
+def choose_model(name: str | None, fleet: Fleet, *, default: str = "") -> SeenModel:
+    """Return the model that is meant by a name, or by none: the default one, or one that is ready.
+
+    Where no model is ready, none means the one that was last.
 
     Raises:
-        ApiError: 404, no such model; 503, no workers have been seen yet, or the store is full.
+        ApiError: 404, no such model; 503, its workers (or any at all) have not been seen yet.
     """
-    if fleet.is_store_full:
-        raise unavailable("The store is nearly full.", code="store_full", retry_after_s=5.0)
     if not fleet.models:
         raise unavailable("No worker has registered yet; pictures can't be made now.")
+    if name is None and default:
+        if default not in fleet.models:
+            raise unavailable(f"No worker of the default model {default} is there.")
+        return fleet.models[default]
     if name is None:
-        return fleet.models[min(fleet.models)]
+        return min(
+            fleet.models.values(),
+            key=lambda model: (not model.is_ready, -model.last_ready, model.info.model_id),
+        )
     if name not in fleet.models:
         allowed = ", ".join(sorted(fleet.models))
         raise ApiError(
@@ -51,6 +58,29 @@ def choose_model(name: str | None, fleet: Fleet) -> SeenModel:
             param="model",
         )
     return fleet.models[name]
+
+
+def check_is_served(model: SeenModel, fleet: Fleet, now: float) -> None:
+    """Let a request for a model's pictures pass if they can be expected to be made.
+
+    What has just gone comes back within a restart's time, and requests wait for it.
+
+    Raises:
+        ApiError: 503, with what is missing. now: on the monotonic clock.
+    """
+    if reasons := fleet.reasons_not_to_wait(model, now):
+        raise unavailable(f"Pictures can't be made now: {', and '.join(reasons)}.")
+
+
+def check_store(fleet: Fleet, now: float) -> None:
+    """Let a request pass if the store can take it.
+
+    Raises:
+        ApiError: 503, with why it can't. now: on the monotonic clock.
+    """
+    if problem := fleet.store_problem(now):
+        code = "store_full" if fleet.is_store_full else "store_unavailable"
+        raise unavailable(f"{problem}.", code=code, retry_after_s=5.0)
 
 
 def describe_model(model: SeenModel, settings: GatewaySettings) -> replies.ModelCard:

@@ -16,7 +16,7 @@ from services.gateway import replies
 from services.gateway.context import GATEWAY, REQUEST_ID, Gateway
 from services.gateway.generation import Submission
 from services.gateway.http_errors import ApiError, from_exception, unavailable
-from services.gateway.models_api import choose_model
+from services.gateway.models_api import check_is_served, check_store, choose_model
 from services.gateway.order import (
     ImageOrder,
     count_latent_positions,
@@ -24,12 +24,14 @@ from services.gateway.order import (
     limits_of,
     order_images,
 )
+from services.gateway.request_body import read_body
 from services.gateway.validation import GenerationBody, parse_body
 from shared.logs import get_logger
 from shared.records import Outcome, RequestRecord
 
 HEARTBEAT_S = 2.0
 """Longest silence of a stream: clients and proxies see that it is alive."""
+_DEADLINE_SLACK_S = 1.0
 _RANDOM_SEED_BITS = 32
 """Random seeds fit into every client's integers, JavaScript's as well."""
 
@@ -47,8 +49,11 @@ async def generate(request: web.Request) -> web.StreamResponse:
             message=f"The 'Content-Type' is {request.content_type}. Allowed: application/json.",
             code="unsupported_media_type",
         )
-    body = parse_body(await request.read())
-    model = choose_model(body.model, gateway.fleet)
+    body = parse_body(await read_body(request))
+    now = time.monotonic()
+    check_store(gateway.fleet, now)
+    model = choose_model(body.model, gateway.fleet, default=gateway.settings.default_model)
+    check_is_served(model, gateway.fleet, now)
     order = order_images(
         body,
         limits_of(model.info, gateway.settings),
@@ -66,7 +71,7 @@ async def generate(request: web.Request) -> web.StreamResponse:
 
 async def _answer(request: web.Request, gateway: Gateway, sent: Submission) -> web.Response:
     order = sent.order
-    async with asyncio.timeout(gateway.settings.request_timeout_s):
+    async with asyncio.timeout(_timeout_s(gateway, sent.order)):
         records = await gateway.generation.wait(sent)
     items: list[replies.ImageItem] = []
     for record in records:
@@ -109,7 +114,7 @@ async def _stream(request: web.Request, gateway: Gateway, sent: Submission) -> w
     )
     await response.prepare(request)
     try:
-        async with asyncio.timeout(gateway.settings.request_timeout_s):
+        async with asyncio.timeout(_timeout_s(gateway, sent.order)):
             while request_id in sent.watch.unfinished:
                 await response.write(_progress_comment(gateway, sent))
                 await _news(sent)
@@ -127,6 +132,14 @@ async def _stream(request: web.Request, gateway: Gateway, sent: Submission) -> w
         await response.write(f"data: {detail}\n\n".encode())
     await response.write_eof()
     return response
+
+
+def _timeout_s(gateway: Gateway, order: ImageOrder) -> float:
+    """How long a client waits: a deadline ends it, too, should the scheduler not have done so."""
+    timeout_s = gateway.settings.request_timeout_s
+    if not order.deadline_ms:
+        return timeout_s
+    return min(timeout_s, order.deadline_ms / 1000 + _DEADLINE_SLACK_S)
 
 
 async def _news(sent: Submission) -> None:
@@ -190,4 +203,4 @@ def _usage(order: ImageOrder) -> replies.Usage:
 def _owner(request: web.Request, body: GenerationBody) -> str:
     """Whose share of the service a request draws on: the named user's, or else the key's."""
     named = body.safety_identifier or body.user or request.headers.get("Authorization", "")
-    return hashlib.sha256(named.encode()).hexdigest()[:16] if named else ""
+    return hashlib.sha256(named.encode(errors="surrogateescape")).hexdigest()[:16] if named else ""

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+import ipaddress
 
-from aiohttp import web
 from redis.asyncio import Redis
 
+from services.gateway.admission import WaitLimits
 from services.gateway.app import make_app
 from services.gateway.context import Gateway
 from services.gateway.events import EventBoard
-from services.gateway.fleet import FleetWatch
+from services.gateway.fleet_watch import FleetWatch
 from services.gateway.generation import Generation
+from services.gateway.http_server import HttpServer
 from shared.errors import ConfigurationError
 from shared.logs import get_logger
 from shared.records import Records
 from shared.settings import GatewaySettings
+from shared.tasks import TaskGroup, end_tasks
 
-_BACKLOG = 1024
 _FLUSH_TIMEOUT_S = 5.0
 
 log = get_logger()
@@ -33,13 +34,21 @@ class GatewayService:
     def __init__(self, redis: Redis, settings: GatewaySettings) -> None:
         records = Records(redis, retention=settings.retention)
         board = EventBoard(redis, records)
+        fleet_watch = FleetWatch(redis)
+        limits = WaitLimits(max_wait_s=settings.wait_limit_s, timeout_s=settings.request_timeout_s)
         self._settings = settings
         self._gateway = Gateway(
             settings=settings,
             records=records,
             board=board,
-            fleet_watch=FleetWatch(redis),
-            generation=Generation(records, board, max_open=settings.max_open_requests),
+            fleet_watch=fleet_watch,
+            generation=Generation(
+                records,
+                board,
+                fleet_watch,
+                max_open=settings.max_open_requests,
+                limits=limits,
+            ),
         )
         self._stopping = asyncio.Event()
         self.url = ""
@@ -57,16 +66,10 @@ class GatewayService:
         Raises:
             ConfigurationError: The address can't be listened on.
         """
-        runner = web.AppRunner(
-            make_app(self._gateway),
-            handler_cancellation=True,
-            access_log=None,
-            shutdown_timeout=1.0,
-        )
-        await runner.setup()
+        server = HttpServer(make_app(self._gateway))
         try:
-            await self._listen(runner)
-            async with asyncio.TaskGroup() as tasks:
+            await self._listen(server)
+            async with TaskGroup() as tasks:
                 background = [
                     tasks.create_task(self._gateway.fleet_watch.run(), name="fleet"),
                     tasks.create_task(self._gateway.board.read(), name="events"),
@@ -75,23 +78,28 @@ class GatewayService:
                 ]
                 await self._stopping.wait()
                 await self._drain()
-                await runner.cleanup()
+                await server.close()
                 await self._flush()
-                await _end(background)
+                await end_tasks(background)
         finally:
-            await runner.cleanup()
+            await server.close()
 
-    async def _listen(self, runner: web.AppRunner) -> None:
+    async def _listen(self, server: HttpServer) -> None:
         host, port = self._settings.host, self._settings.port
         try:
-            await web.TCPSite(runner, host, port, backlog=_BACKLOG).start()
-        except OSError as error:
+            port = await server.listen(host, port)
+        except (OSError, UnicodeError) as error:
             raise ConfigurationError(
                 f"SYNERDIFF_HOST={host}, SYNERDIFF_PORT={port}: can't listen there: {error}"
             ) from error
-        port = runner.addresses[0][1]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         log.info("listening", url=self.url)
+        if not _is_loopback(host):
+            log.warning(
+                "reachable from other machines, without keys: whoever reaches this port can make "
+                "pictures, and read or cancel any whose id they know",
+                host=host or "all addresses",
+            )
 
     async def _drain(self) -> None:
         """Let the clients in flight have their pictures, for as long as the settings allow."""
@@ -110,14 +118,9 @@ class GatewayService:
             log.warning("not everything that was abandoned could be cancelled")
 
 
-async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancel tasks until they have ended.
-
-    Once is not enough below Python 3.12: `asyncio.wait_for`, which the Redis client uses, forgets
-    a cancellation that comes at the moment at which its wait is over.
-    """
-    pending = set(tasks)
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=0.1)
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on an address or on `localhost`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -40,7 +40,11 @@ class GenerationBody(BaseModel):
         description="What the pictures show. Words beyond the model's limit are cut, with a "
         "warning in the reply.",
     )
-    model: str | None = Field(None, max_length=512, description="One of `GET /v1/models`.")
+    model: str | None = Field(
+        None,
+        max_length=512,
+        description="One of `GET /v1/models`; left out, the default one or one that is ready.",
+    )
     n: int | None = Field(
         None, ge=1, le=MAX_IMAGES, description="How many pictures, with consecutive seeds."
     )
@@ -122,7 +126,10 @@ class GenerationBody(BaseModel):
         None, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Higher goes first; default 0."
     )
     deadline_ms: int | None = Field(
-        None, ge=0, le=MAX_DEADLINE_MS, description="Wanted within so many ms; 0 for no deadline."
+        None,
+        ge=0,
+        le=MAX_DEADLINE_MS,
+        description="Wanted within so many ms, or refused; 0 for no deadline.",
     )
 
 

@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from services.scheduler.checks import explain
+from services.scheduler.commands import ParkEvent
 from services.scheduler.fleet import Fleet
 from services.scheduler.measurements import (
     Measured,
@@ -115,8 +117,14 @@ class Calibration:
             if group in taken or not self._needs_it(name, unet):
                 continue
             taken.add(group)
-            if self._advance(name, unet, now):
-                resting.add(group)
+            try:
+                if self._advance(name, unet, now):
+                    resting.add(group)
+            except Exception as error:  # noqa: BLE001  whatever was measured, its profile will do
+                self._given_up.add(name)
+                self._courses.pop(name, None)
+                registered = messages.WorkerRegistered(worker=unet.info)
+                self._outbox.add(ParkEvent(event=registered, reason=explain(error)))
         return frozenset(resting)
 
     def note_slot(self, event: messages.SlotMeasured) -> None:
@@ -136,7 +144,7 @@ class Calibration:
         return (event.epoch, event.number) == (self._outbox.epoch, turn.number)
 
     def _needs_it(self, name: str, unet: UnetWorker) -> bool:
-        if unet.is_draining or unet.takes_turns or name in self._given_up:
+        if not unet.is_usable or unet.takes_turns or name in self._given_up:
             return False
         return unet.profile.source == "short" and bool(unet.info.step_ms)
 
@@ -168,7 +176,7 @@ class Calibration:
         fitting = (
             vae
             for vae in self._vaes.values()
-            if (vae.info.device_group, vae.info.model_id) == wanted and not vae.is_draining
+            if (vae.info.device_group, vae.info.model_id) == wanted and vae.is_usable
         )
         return next(fitting, None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from services.scheduler.events import Event
 from services.scheduler.profile import Profile
 from shared.messages import Message, RequestProgress
 
@@ -66,6 +67,24 @@ class KeepProfile:
     profile: Profile
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParkEvent:
+    """Put an event aside that the core can make nothing of, and count it.
+
+    The request that it names, if any, fails by a `FailRequest` of its own.
+    """
+
+    event: Event
+    reason: str
+
+
 Command = (
-    Send | BeginAttempt | RestartRequest | FailRequest | ReportProgress | ForgetWorker | KeepProfile
+    Send
+    | BeginAttempt
+    | RestartRequest
+    | FailRequest
+    | ReportProgress
+    | ForgetWorker
+    | KeepProfile
+    | ParkEvent
 )

@@ -59,7 +59,8 @@ def note_chunks(
     if count <= 0 or event.duration_ms <= 0:
         return
     for unet in unets:
-        timing = unet.profile.decode(request.batch_key.size)
+        is_its_own = unet.info.model_id == request.batch_key.model
+        timing = unet.profile.decode(request.batch_key.size) if is_its_own else None
         if timing is None or not request.has_gap:
             continue
         predicted_ms = count * fmean(timing.chunk_ms) * unet.drift.factor(CHUNKS)

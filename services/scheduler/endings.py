@@ -5,13 +5,10 @@ Whatever workers still hold of it is freed in any case.
 
 from __future__ import annotations
 
-from services.scheduler.commands import FailRequest, RestartRequest
+from services.scheduler.commands import RestartRequest
 from services.scheduler.outbox import Outbox
-from services.scheduler.state import Request, Stage, UnetWorker, VaeWorker
+from services.scheduler.state import AT_UNET, Request, Stage, UnetWorker, VaeWorker
 from shared import messages
-
-AT_UNET = frozenset({Stage.ENCODING, Stage.DENOISING})
-"""Stages in which a UNet worker holds something of the request."""
 
 
 class Endings:
@@ -43,12 +40,11 @@ class Endings:
         self._leave_workers(request)
         if request.num_attempts >= self._max_attempts:
             del self._requests[request.request_id]
-            failure = FailRequest(
-                request_id=request.request_id,
+            self._outbox.fail(
+                request.request_id,
                 code="too_many_attempts",
                 reason=f"given up after {request.num_attempts} attempts; the last: {reason}",
             )
-            self._outbox.add(failure)
             return
         self._outbox.add(RestartRequest(request_id=request.request_id, reason=reason))
         request.start_over()
@@ -56,8 +52,7 @@ class Endings:
     def fail(self, request: Request, *, code: str, reason: str) -> None:
         """The request is final as failed."""
         self.drop(request)
-        failure = FailRequest(request_id=request.request_id, code=code, reason=reason)
-        self._outbox.add(failure)
+        self._outbox.fail(request.request_id, code=code, reason=reason)
 
     def drop(self, request: Request, *, committed_by: str = "") -> None:
         """The request is final already.
@@ -75,25 +70,39 @@ class Endings:
                 self.restart(request, "unet worker lost")
 
     def lose_vae(self, incarnation: str) -> None:
-        """Its decodes go to another one, from their first chunk."""
+        """Its decodes go to another one."""
         vae = self._vaes.pop(incarnation)
         for request_id in vae.decodes:
-            request = self._requests[request_id]
-            request.move_to(Stage.LATENTS)
-            request.forget_decode()
+            self.decode_elsewhere(self._requests[request_id], "vae worker lost")
+
+    def decode_elsewhere(self, request: Request, reason: str) -> None:
+        """Give a decode up where it is; it begins again, or fails if it has begun too often."""
+        if request.num_decodes >= self._max_attempts:
+            self.fail(
+                request,
+                code="too_many_attempts",
+                reason=f"given up after {request.num_decodes} decodes; the last: {reason}",
+            )
+            return
+        self._cancel_decode(request)
+        request.move_to(Stage.LATENTS)
+        request.forget_decode()
+
+    def _cancel_decode(self, request: Request) -> None:
+        vae = self._vaes.get(request.vae)
+        if vae and request.request_id in vae.decodes:
+            vae.decodes.remove(request.request_id)
+            cancel = messages.CancelDecode(
+                epoch=self._outbox.epoch, request_id=request.request_id, attempt=request.attempt
+            )
+            self._outbox.send(request.vae, "control", cancel)
 
     def _leave_workers(self, request: Request, *, committed_by: str = "") -> None:
         if request.unet in self._unets and request.stage in AT_UNET:
             self._outbox.release(request.unet, request.request_id, request.attempt)
         vae = self._vaes.get(request.vae)
-        if vae and request.request_id in vae.decodes:
+        if vae and committed_by == request.vae and request.request_id in vae.decodes:
             vae.decodes.remove(request.request_id)
-            if committed_by != request.vae:
-                cancel = messages.CancelDecode(
-                    epoch=self._outbox.epoch,
-                    request_id=request.request_id,
-                    attempt=request.attempt,
-                )
-                self._outbox.send(request.vae, "control", cancel)
+        self._cancel_decode(request)
         if request.latents and not committed_by:
             self._outbox.release_latents(request.latents)

@@ -24,8 +24,16 @@ class RequestRecovered:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptRefused:
+    """The store did not begin this attempt: its request is final, or another epoch in charge."""
+
+    request_id: str
+    attempt: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
     """Time has passed."""
 
 
-Event = ToScheduler | RequestRecovered | Tick
+Event = ToScheduler | RequestRecovered | AttemptRefused | Tick

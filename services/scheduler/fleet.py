@@ -50,6 +50,11 @@ class Fleet:
         for one in known:
             if (one.worker_id, one.kind) == (info.worker_id, info.kind):
                 self.lose(one.incarnation, forgets=one.incarnation != info.incarnation)
+        reason = other_model(info, [one for one in known if self._is_there(one.incarnation)])
+        if reason:
+            refuse = messages.RefuseWorker(epoch=self._outbox.epoch, reason=reason)
+            self._outbox.send(info.incarnation, "control", refuse)
+            return
         if info.kind == "unet":
             self._unets[info.incarnation] = UnetWorker(
                 info=info,
@@ -59,8 +64,7 @@ class Fleet:
         else:
             self._vaes[info.incarnation] = VaeWorker(info=info)
         self._choose_profiles(info.device_group)
-        begin = messages.BeginEpoch(epoch=self._outbox.epoch)
-        self._outbox.send(info.incarnation, "control", begin)
+        self._outbox.ask_what_is_held(info.incarnation)
 
     def drain(self, incarnation: str) -> None:
         """A worker wants to leave: nothing new goes to it."""
@@ -82,6 +86,13 @@ class Fleet:
         if forgets:
             self._outbox.add(ForgetWorker(incarnation=incarnation))
 
+    def discard(self, incarnation: str) -> None:
+        """Do without a worker that can't be planned for; Redis goes on knowing it."""
+        if incarnation in self._unets:
+            self._endings.lose_unet(incarnation)
+        if incarnation in self._vaes:
+            self._endings.lose_vae(incarnation)
+
     def adopt(self, incarnation: str, profile: Profile) -> None:
         """Plan a UNet worker by what was measured with it, and others that it fits."""
         self._unets[incarnation].drift = Drift()
@@ -95,6 +106,9 @@ class Fleet:
         group = self._vaes[vae].info.device_group if vae in self._vaes else ""
         return [unet for unet in self._unets.values() if unet.info.device_group == group]
 
+    def _is_there(self, incarnation: str) -> bool:
+        return incarnation in self._unets or incarnation in self._vaes
+
     def _choose_profiles(self, device_group: str) -> None:
         """Of a device's UNet workers, now that who shares it has changed."""
         unets = [one for one in self._unets.values() if one.info.device_group == device_group]
@@ -106,3 +120,16 @@ class Fleet:
             profile = measured or profile_in_short(unet.info, vaes)
             unet.takes_turns = takes_turns
             unet.use_profile(profile.without_slots_beside() if takes_turns else profile)
+
+
+def other_model(info: WorkerInfo, others: Sequence[WorkerInfo]) -> str:
+    """Why a worker can't join these: another model of its model's name; empty if it can."""
+    for one in others:
+        has_other = one.model_id == info.model_id and one.model_digest != info.model_digest
+        if has_other and one.model_digest and info.model_digest:
+            return (
+                f"worker {info.worker_id} has another model {info.model_id!r} than worker "
+                f"{one.worker_id} (digests {info.model_digest} and {one.model_digest}); "
+                "models that differ need folders of different names"
+            )
+    return ""

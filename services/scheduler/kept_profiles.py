@@ -11,6 +11,7 @@ from services.scheduler.profile_file import format_profile, parse_profile
 from shared import keys
 from shared.errors import ConfigurationError
 from shared.logs import get_logger
+from shared.streams import Writer
 
 KEEP_S = 7 * 86_400
 """After a week without a new one they are measured again: devices and their neighbours change."""
@@ -23,10 +24,12 @@ class KeptProfiles:
 
     Args:
         redis: The connection; the caller owns it.
+        writer: Names the epoch.
     """
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis, writer: Writer) -> None:
         self._redis = redis
+        self._writer = writer
 
     async def read(self) -> tuple[Profile, ...]:
         """All of them but those that this version can't read."""
@@ -35,14 +38,14 @@ class KeptProfiles:
         for name, text in sorted(found.items()):
             try:
                 profiles.append(parse_profile(text.decode(), name=name.decode()))
-            except ConfigurationError as error:
+            except (ConfigurationError, ValueError, RecursionError) as error:
                 log.warning("a profile is left out", error=str(error))
         return tuple(profiles)
 
     async def keep(self, profile: Profile) -> None:
         """Put one in the place of the last."""
         name = f"{profile.model_id}/{profile.dtype}/{profile.device}/{profile.threads}"
-        async with self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.hset(keys.PROFILES, name, format_profile(profile))
-            pipeline.expire(keys.PROFILES, KEEP_S)
-            await pipeline.execute()
+        await self._writer.write(
+            ("HSET", keys.PROFILES, name, format_profile(profile)),
+            ("EXPIRE", keys.PROFILES, KEEP_S),
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from services.scheduler.commands import Command, Lane, ReportProgress, Send
+from services.scheduler.commands import Command, FailRequest, Lane, ReportProgress, Send
 from services.scheduler.state import Request
 from shared import messages
 
@@ -32,6 +32,14 @@ class Outbox:
     def send(self, incarnation: str, lane: Lane, message: messages.Message) -> None:
         """A message to a worker."""
         self.add(Send(incarnation=incarnation, lane=lane, message=message))
+
+    def fail(self, request_id: str, *, code: str, reason: str) -> None:
+        """A request is final as failed."""
+        self.add(FailRequest(request_id=request_id, code=code, reason=reason))
+
+    def ask_what_is_held(self, incarnation: str) -> None:
+        """A worker is to drop what is queued there, and to announce the rest."""
+        self.send(incarnation, "control", messages.BeginEpoch(epoch=self.epoch))
 
     def release(self, unet: str, request_id: str, attempt: str) -> None:
         """A UNet worker is to forget a request."""

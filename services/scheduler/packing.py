@@ -48,11 +48,11 @@ def by_fair_share(
     for request in in_service:
         num_ahead[request.request.owner] = num_ahead.get(request.request.owner, 0) + 1
     turns = []
-    for request in by_urgency(waiting, now):
+    # Ids are in it, so no two are alike and requests themselves are never compared.
+    for (level, *rest), request in sorted((urgency(one, now), one) for one in waiting):
         owner = request.request.owner
         turn = num_ahead.get(owner, 0)
         num_ahead[owner] = turn + 1
-        level, *rest = urgency(request, now)
         turns.append(((level, turn, *rest), request))
     turns.sort(key=lambda pair: pair[0])
     return [request for _, request in turns]

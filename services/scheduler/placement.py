@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import inf
 
 from services.scheduler.packing import MIN_ROWS
-from services.scheduler.state import Request, Stage, UnetWorker, VaeWorker
+from services.scheduler.state import AT_UNET, Request, UnetWorker, VaeWorker
 from shared.host import Transport, choose_transport
 from shared.messages import LatentsFinished
 
@@ -20,16 +20,18 @@ DECODES_PER_WORKER = 2
 
 @dataclass(slots=True, kw_only=True)
 class Load:
-    """What a UNet worker holds. work_ms: its own time for all their steps, at the knee's rate."""
+    """What a UNet worker holds."""
 
     num_requests: int = 0
-    rows: int = 0
+    knees: float = 0.0
+    """Full slots that a step of all of them takes: each request's rows over its own size's knee."""
     work_ms: float = 0.0
+    """The worker's own time for all their steps, at the knee's rate."""
 
     def add(self, request: Request, unet: UnetWorker) -> None:
         """Count one more request."""
         self.num_requests += 1
-        self.rows += request.rows
+        self.knees += request.rows / knee(request, unet)
         self.work_ms += work_ms(request, unet)
 
 
@@ -37,9 +39,25 @@ def loads(requests: Iterable[Request], unets: Mapping[str, UnetWorker]) -> dict[
     """What each UNet worker holds."""
     found = {name: Load() for name in unets}
     for request in requests:
-        if request.stage in {Stage.ENCODING, Stage.DENOISING} and request.unet in found:
+        if request.unet in found and request.stage in AT_UNET:
             found[request.unet].add(request, unets[request.unet])
     return found
+
+
+def knee(request: Request, unet: UnetWorker) -> int:
+    """The rows of a full slot of the request's size."""
+    return max(MIN_ROWS, unet.profile.knee(request.batch_key.size))
+
+
+def has_room(unet: UnetWorker, load: Load, factor: int) -> bool:
+    """Whether the worker may be given a request, of whatever size.
+
+    It does not depend on the request, so that who is first in order is never passed by those who
+    need less room.
+
+    factor: what a worker holds may reach so many full slots.
+    """
+    return unet.is_usable and load.num_requests < unet.info.max_requests and load.knees < factor
 
 
 def work_ms(request: Request, unet: UnetWorker) -> float:
@@ -67,15 +85,13 @@ def choose_unet(
 ) -> str | None:
     """The worker with room at which a request is predicted to finish first; None where no room.
 
-    factor: a worker's rows may reach so many knees.
+    factor: as `has_room` takes it.
     """
     best, best_ms = None, inf
     own_ms: dict[int, float] = {}
     for name, unet in sorted(unets.items()):
         load = held[name]
-        knee = max(MIN_ROWS, unet.profile.knee(request.batch_key.size))
-        has_room = load.num_requests < unet.info.max_requests and load.rows < factor * knee
-        if unet.is_draining or not has_room or unet.info.model_id != request.batch_key.model:
+        if unet.info.model_id != request.batch_key.model or not has_room(unet, load, factor):
             continue
         # Workers alike share one profile.
         if id(unet.profile) not in own_ms:
@@ -113,7 +129,7 @@ def choose_vae(
     fitting = {
         name: vae
         for name, vae in vaes.items()
-        if not vae.is_draining and vae.info.model_id == request.batch_key.model
+        if vae.is_usable and vae.info.model_id == request.batch_key.model
     }
     if not latents.handle.inline_key:
         near = {n: v for n, v in fitting.items() if transport_of(latents, v, unets) != "inline"}

@@ -52,6 +52,9 @@ TRANSITIONS: dict[Stage, frozenset[Stage]] = {
     Stage.DECODING: frozenset({Stage.LATENTS, Stage.WAITING}),
 }
 
+AT_UNET = frozenset({Stage.ENCODING, Stage.DENOISING})
+"""Stages in which a UNet worker holds something of the request."""
+
 
 class BatchKey(NamedTuple):
     """What requests must share to share a forward; height and width in pixels."""
@@ -78,7 +81,8 @@ class Request:
     was off when last measured; num_skipped: so far; last_full: its last step with full guidance,
     counting those in flight, -1 where none is known. granted_chunks, done_chunks: of its decode;
     has_gap: its last grant has the device to itself, and slots wait for it. latents_at: when its
-    latents were there.
+    latents were there. num_decodes: begun in this attempt. asked_at: since when a worker owes an
+    answer about it.
     """
 
     request: GenerateImage
@@ -99,6 +103,8 @@ class Request:
     latents: LatentsFinished | None = None
     latents_at: float = 0.0
     vae: str = ""
+    num_decodes: int = 0
+    asked_at: float = 0.0
     granted_chunks: int = 0
     done_chunks: int = 0
     has_gap: bool = False
@@ -128,6 +134,11 @@ class Request:
     def has_latents_soon(self) -> bool:
         """Whether its last forward is in a slot that was sent, or just over."""
         return self.stage is Stage.DENOISING and self.next_step >= self.num_forwards
+
+    @property
+    def awaits_latents(self) -> bool:
+        """Whether its last forward is over and its worker has not handed its latents over."""
+        return self.has_latents_soon and not self.slots_in_flight
 
     @property
     def expected_forwards(self) -> int:
@@ -160,7 +171,7 @@ class Request:
         self.unet = self.vae = self.attempt = ""
         self.latents = None
         self.next_step = self.done_step = self.slots_in_flight = 0
-        self.skip_steps = self.num_skipped = 0
+        self.skip_steps = self.num_skipped = self.num_decodes = 0
         self.last_full = -1
         self.forget_decode()
 
@@ -200,10 +211,11 @@ class SlotInFlight:
     """A slot that was sent and not reported.
 
     kind: the profile's, None where none is known. shape: how it leaves room for chunks. num_rows:
-    as planned, skipped ones left out. chunks: granted beside it.
+    as planned, skipped ones left out. chunks: granted beside it. sent_at: since when it is owed.
     """
 
     seq: int
+    sent_at: float
     rows: tuple[SlotRow, ...]
     key: BatchKey
     kind: SlotKind | None = None
@@ -231,7 +243,9 @@ class UnetWorker:
     durations: of its profile. slots: in flight, oldest first. turns: when a batch key had its last
     slot, by slot number. ledger: of the last slots and gaps, for the window behind. rests_since:
     when its last slot was over, or its last gap. takes_turns: its device computes for one process
-    at a time, so nothing runs beside a slot.
+    at a time, so nothing runs beside a slot. answered_at: when it last answered anything. warm:
+    what it has run slots of. is_suspect: an answer is overdue, so it gets nothing until it has
+    announced what it holds; probed_at: when it was last asked to.
     """
 
     info: WorkerInfo
@@ -248,10 +262,21 @@ class UnetWorker:
     takes_turns: bool = False
     is_draining: bool = False
     is_announced: bool = False
+    answered_at: float = 0.0
+    warm: set[BatchKey] = field(default_factory=set)
+    is_suspect: bool = False
+    probed_at: float = 0.0
 
     def __post_init__(self) -> None:
-        """Begin with the profile's durations."""
+        """Begin with the profile's durations, and what was run at the worker's start."""
         self.use_profile(self.profile)
+        if model := self.info.model:
+            self.warm.add(BatchKey(self.info.model_id, model.default_height, model.default_width))
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it may be given anything new."""
+        return not (self.is_draining or self.is_suspect)
 
     def use_profile(self, profile: Profile) -> None:
         """Plan by another profile from now on."""
@@ -261,8 +286,31 @@ class UnetWorker:
 
 @dataclass(slots=True, kw_only=True)
 class VaeWorker:
-    """A VAE worker and the requests it decodes, oldest first."""
+    """A VAE worker and the requests it decodes, oldest first.
+
+    chunk_counts: of sizes that it has told of. answered_at, warm, is_suspect, probed_at: as of a
+    UNet worker.
+    """
 
     info: WorkerInfo
     decodes: list[str] = field(default_factory=list)
+    chunk_counts: dict[BatchKey, int] = field(default_factory=dict)
     is_draining: bool = False
+    answered_at: float = 0.0
+    warm: set[BatchKey] = field(default_factory=set)
+    is_suspect: bool = False
+    probed_at: float = 0.0
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it may be given anything new."""
+        return not (self.is_draining or self.is_suspect)
+
+    def num_chunks(self, key: BatchKey) -> int:
+        """Of a decode of that size; as of the default size until it has told."""
+        return self.chunk_counts.get(key, self.info.num_chunks)
+
+    def owes(self, request: Request) -> bool:
+        """Whether chunks of this decode are granted that have not run, or its image is to come."""
+        granted = request.granted_chunks
+        return granted > request.done_chunks or granted >= self.num_chunks(request.batch_key)

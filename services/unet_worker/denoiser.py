@@ -14,7 +14,7 @@ All methods belong on one thread, the compute thread, except `draw_ahead`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,10 +22,11 @@ from services.unet_worker import measure
 from services.unet_worker.admission import batch_key, check_parameters, is_guided, make_conditions
 from services.unet_worker.latents import BatchKey, LatentStore, NoiseSource, Resident, ResumeState
 from services.unet_worker.model import DiffusionModel
+from services.unet_worker.own_scheduler import OwnScheduler
 from services.unet_worker.samplers import Samplers
 from services.unet_worker.slot import RowOutcome, Slot, SlotRequest
 from services.unet_worker.text_encoder import TextEncoder
-from shared.errors import NumericalError, ProtocolError, SynerDiffError
+from shared.errors import NumericalError, SynerDiffError
 from shared.guidance_skip import SKIP_LEVELS, SkipParameters
 from shared.messages import HeldRequest, ImageParameters, RowFailure, RowReport, SlotRow
 
@@ -34,13 +35,15 @@ from shared.messages import HeldRequest, ImageParameters, RowFailure, RowReport,
 class Admission:
     """A request is held from now on.
 
-    num_forwards: UNet forwards it takes. warnings: in words for the client.
+    num_forwards: UNet forwards it takes. warnings: in words for the client. num_skipped: steps
+    whose guidance was skipped where it was before.
     """
 
     num_forwards: int
     batch_key: BatchKey
     is_guided: bool
     warnings: tuple[str, ...]
+    num_skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,6 +57,7 @@ class FinishedLatents:
     attempt: str
     latents: torch.Tensor
     skipped_steps: tuple[int, ...]
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -117,6 +121,7 @@ class Denoiser:
             batch_key=resident.pool.key,
             is_guided=resident.is_guided,
             warnings=resident.warnings,
+            num_skipped=len(resident.skipped_steps),
         )
 
     def release(self, request_id: str, attempt: str | None = None) -> bool:
@@ -132,9 +137,18 @@ class Denoiser:
                 step_index=resident.step_index,
                 num_forwards=resident.table.num_forwards,
                 is_guided=resident.is_guided,
+                num_skipped=len(resident.skipped_steps),
+                last_full=max(resident.guidance.full_steps, default=-1),
+                warnings=resident.warnings,
             )
             for resident in self._store.residents
         )
+
+    def pixels_of(self, rows: Sequence[SlotRow]) -> int:
+        """The area of the largest picture among these, 0 if none is held."""
+        held = [self._store.get(row.request_id, row.attempt) for row in rows]
+        sizes = [one.parameters.height * one.parameters.width for one in held if one is not None]
+        return max(sizes, default=0)
 
     @property
     def draws_noise(self) -> bool:
@@ -155,19 +169,30 @@ class Denoiser:
         runs in full. A request whose latents are no longer finite fails alone.
 
         Raises:
-            torch.OutOfMemoryError: No request has gone on; fewer rows may fit.
+            RuntimeError, MemoryError: No request has gone on; fewer rows may fit the memory.
         """
         chosen = self._choose(rows)
         if not chosen:
             return SlotResult(rows=tuple(self._report(row, None) for row in rows))
         slot = Slot(list(chosen.values()))
         with self._model.forward.holding_threads():
-            outcomes = slot.denoise(self._model)
+            outcomes, update = slot.denoise(self._model)
+        try:
+            slot.pool.apply(update)
+        except (RuntimeError, MemoryError) as error:
+            # Nobody knows which rows have gone on, so none may try again.
+            outcomes = [
+                replace(one, error=f"the step could not be kept: {error}") for one in outcomes
+            ]
         finished: list[FinishedLatents] = []
         failures: list[RowFailure] = []
         for outcome in outcomes:
             resident = outcome.resident
-            resident.advance(is_skipped=outcome.is_skipped, skip_error=outcome.skip_error)
+            resident.advance(
+                is_skipped=outcome.is_skipped,
+                skip_error=outcome.skip_error,
+                scheduler=outcome.scheduler,
+            )
             if outcome.error is not None or not outcome.is_finite:
                 failures.append(_failure(outcome))
                 self._store.release(resident.request_id)
@@ -209,7 +234,7 @@ class Denoiser:
         resident = self._add(state.request_id, state.attempt, state.parameters)
         try:
             resident.restore(state)
-        except ProtocolError:
+        except BaseException:
             self._store.release(state.request_id)
             raise
         return self.admit(state.request_id, state.attempt, state.parameters)
@@ -227,7 +252,7 @@ class Denoiser:
     ) -> dict[int, float]:
         """Median milliseconds of a UNet forward by its rows, at `size` or the model's default.
 
-        row_counts: ascending; none is measured behind the first that gains nothing, twice.
+        row_counts: ascending; none is measured behind two in a row that gain nothing.
         """
         return measure.measure(self._model, row_counts, size=size, num_repeats=num_repeats)
 
@@ -243,6 +268,15 @@ class Denoiser:
         key = batch_key(parameters, facts)
         guided = is_guided(parameters, facts)
         may_skip = guided and table.num_forwards == parameters.num_inference_steps
+        noise = NoiseSource(
+            parameters.seed,
+            (1, facts.latent_channels, key.latent_height, key.latent_width),
+            sum(table.draws_noise),
+        )
+        scheduler = None
+        if not table.is_linear:
+            instance = self.samplers.instance(parameters.sampler, parameters.num_inference_steps)
+            scheduler = OwnScheduler(instance, noise.generator)
         resident = Resident(
             request_id=request_id,
             attempt=attempt,
@@ -251,16 +285,8 @@ class Denoiser:
             table=table,
             is_guided=guided,
             skip_parameters=self._skip_levels[parameters.guidance_skip] if may_skip else None,
-            noise=NoiseSource(
-                parameters.seed,
-                (1, facts.latent_channels, key.latent_height, key.latent_width),
-                sum(table.draws_noise),
-            ),
-            scheduler=(
-                None
-                if table.is_linear
-                else self.samplers.instance(parameters.sampler, parameters.num_inference_steps)
-            ),
+            noise=noise,
+            scheduler=scheduler,
         )
         self._store.add(resident, key, conditions)
         return resident
@@ -307,8 +333,9 @@ def _finished(outcome: RowOutcome) -> FinishedLatents:
     return FinishedLatents(
         request_id=resident.request_id,
         attempt=resident.attempt,
-        latents=outcome.latents.clone(),
+        latents=outcome.latents,
         skipped_steps=tuple(resident.skipped_steps),
+        warnings=resident.warnings,
     )
 
 

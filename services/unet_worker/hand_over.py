@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,8 @@ from shared.messages import LatentsFinished, ReleaseLatents, TensorHandle
 from shared.settings import UnetWorkerSettings
 from shared.tensor_bytes import dtype_name, pack_tensor
 from shared.tensor_pool import TensorPool
-from shared.worker import WorkerLink
+from shared.watchdog import Watchdog
+from shared.worker import WorkerLink, run_beside
 
 log = get_logger()
 
@@ -31,11 +33,18 @@ class HandOver:
         link: Where `LatentsFinished` goes.
         settings: Of the worker.
         pool: None hands everything over inline. The caller owns it.
+        watchdog: Watches over copies into the pool.
     """
 
     def __init__(
-        self, redis: Redis, link: WorkerLink, settings: UnetWorkerSettings, pool: TensorPool | None
+        self,
+        redis: Redis,
+        link: WorkerLink,
+        settings: UnetWorkerSettings,
+        pool: TensorPool | None,
+        watchdog: Watchdog,
     ) -> None:
+        self._watchdog = watchdog
         self._redis = redis
         self._link = link
         self._settings = settings
@@ -108,8 +117,11 @@ class HandOver:
         if slot is None or latents.nbytes <= self._settings.inline_copy_kb << 10:
             inline_key = keys.latents(finished.request_id, finished.attempt)
         if self._pool and slot is not None:
-            handle = await asyncio.to_thread(
+            publish = partial(
                 self._pool.publish, slot, latents, now=time.monotonic(), inline_key=inline_key
+            )
+            handle = await run_beside(
+                self._watchdog, "a hand-over", publish, within_s=self._settings.max_call_s
             )
         else:
             handle = TensorHandle(
@@ -129,6 +141,7 @@ class HandOver:
             attempt=finished.attempt,
             handle=handle,
             skipped_steps=finished.skipped_steps,
+            warnings=finished.warnings,
         )
         if inline_key:
             await self._leave_inline_copy(message, latents)

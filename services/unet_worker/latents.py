@@ -6,10 +6,10 @@ by index. The rest (step, noise, full steps) is a small host-side object per req
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -20,6 +20,7 @@ from services.unet_worker.guidance import (
     num_skippable,
 )
 from services.unet_worker.model import DiffusionModel
+from services.unet_worker.own_scheduler import OwnScheduler
 from shared.errors import OverloadedError, ProtocolError
 from shared.guidance_skip import SkipParameters
 from shared.messages import ImageParameters
@@ -100,8 +101,7 @@ class NoiseSource:
         """The next tensor of noise, drawn now unless it was drawn ahead; `drop` goes on."""
         with self._lock:
             if not self._drawn:
-                self._num_undrawn -= 1
-                self._drawn.append(self._draw())
+                self._draw_one()
             return self._drawn[0]
 
     def drop(self) -> None:
@@ -115,8 +115,11 @@ class NoiseSource:
         """Have up to `num_tensors` ready."""
         with self._lock:
             while len(self._drawn) < num_tensors and self._num_undrawn > 0:
-                self._num_undrawn -= 1
-                self._drawn.append(self._draw())
+                self._draw_one()
+
+    def _draw_one(self) -> None:
+        self._drawn.append(self._draw())
+        self._num_undrawn -= 1
 
     def _draw(self) -> torch.Tensor:
         return torch.randn(self._shape, generator=self.generator)
@@ -126,8 +129,8 @@ class NoiseSource:
 class Resident:
     """One request between its slots.
 
-    row: its place in the pool. scheduler: its own diffusers instance where its sampler has no
-    linear table. newest: which of the two direction rows is the last full step's.
+    row: its place in the pool. scheduler: its own where its sampler has no linear table. newest:
+    which of the two direction rows is the last full step's.
     """
 
     request_id: str
@@ -138,7 +141,7 @@ class Resident:
     is_guided: bool
     skip_parameters: SkipParameters | None
     noise: NoiseSource
-    scheduler: Any = None
+    scheduler: OwnScheduler | None = None
     pool: LatentPool = field(init=False)
     row: int = -1
     step_index: int = 0
@@ -150,6 +153,11 @@ class Resident:
     def is_finished(self) -> bool:
         """Whether every forward is done."""
         return self.step_index >= self.table.num_forwards
+
+    @property
+    def is_at_last_step(self) -> bool:
+        """Whether one forward is left."""
+        return self.step_index == self.table.num_forwards - 1
 
     @property
     def can_skip(self) -> bool:
@@ -169,8 +177,11 @@ class Resident:
         since_full = self.step_index - self.guidance.full_steps[-1]
         return min(allowed - since_full + 1, num_steps - self.step_index)
 
-    def advance(self, *, is_skipped: bool, skip_error: float | None) -> None:
+    def advance(
+        self, *, is_skipped: bool, skip_error: float | None, scheduler: OwnScheduler | None
+    ) -> None:
         """Count a forward; `skip_error` is None where no direction was stored."""
+        self.scheduler = scheduler
         if is_skipped:
             self.skipped_steps.append(self.step_index)
         elif skip_error is not None:
@@ -226,6 +237,22 @@ class Resident:
             self.noise.drop()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PoolUpdate:
+    """What a forward has made of some rows of a pool.
+
+    latents, carry: of `rows`. directions: the guidance of those that ran in full and keep it,
+    `tracked_rows`, for their older `sides`.
+    """
+
+    rows: torch.Tensor
+    latents: torch.Tensor
+    carry: torch.Tensor
+    tracked_rows: torch.Tensor
+    sides: torch.Tensor
+    directions: torch.Tensor
+
+
 class LatentPool:
     """The resident tensors of one batch key, a row per request.
 
@@ -265,8 +292,6 @@ class LatentPool:
         if None not in self.residents:
             self._resize(2 * len(self.residents))
         row = self.residents.index(None)
-        self.residents[row] = resident
-        resident.row = row
         table = resident.table
         self.latents[row] = resident.noise.initial[0].to(self.latents) * table.init_noise_sigma
         self.carry[row] = 0.0
@@ -276,6 +301,8 @@ class LatentPool:
         self.schedule[row, : table.num_forwards] = table.rows.to(self.schedule)
         self.guidance_scale[row] = resident.parameters.guidance_scale
         self.timestep_cond[row] = conditions.timestep_cond
+        self.residents[row] = resident
+        resident.row = row
 
     def remove(self, resident: Resident) -> None:
         """Free the row."""
@@ -283,27 +310,25 @@ class LatentPool:
         resident.row = -1
         num_rows = len(self.residents)
         if num_rows > _MIN_POOL_ROWS and 4 * self.num_residents <= num_rows:
-            self._resize(num_rows // 2)
+            # Where there is no memory to copy to, the pool stays as large as it is.
+            with contextlib.suppress(RuntimeError, MemoryError):
+                self._resize(num_rows // 2)
 
-    def store(self, rows: torch.Tensor, latents: torch.Tensor, carry: torch.Tensor) -> None:
-        """What a forward has made of these rows."""
-        self.latents[rows] = latents
-        self.carry[rows] = carry
-
-    def store_directions(
-        self, rows: torch.Tensor, sides: torch.Tensor, directions: torch.Tensor
-    ) -> None:
-        """The guidance of a full step of these rows, at their older side."""
-        self.directions[rows, sides] = directions
+    def apply(self, update: PoolUpdate) -> None:
+        """Take over what a forward has made of its rows."""
+        self.latents[update.rows] = update.latents
+        self.carry[update.rows] = update.carry
+        self.directions[update.tracked_rows, update.sides] = update.directions
 
     def _resize(self, num_rows: int) -> None:
         kept = [resident for resident in self.residents if resident is not None]
         old_rows = [resident.row for resident in kept]
-        for name, tensor in list(vars(self).items()):
+        resized = {}
+        for name, tensor in vars(self).items():
             if isinstance(tensor, torch.Tensor):
-                resized = tensor.new_zeros(num_rows, *tensor.shape[1:])
-                resized[: len(kept)] = tensor[old_rows]
-                setattr(self, name, resized)
+                resized[name] = tensor.new_zeros(num_rows, *tensor.shape[1:])
+                resized[name][: len(kept)] = tensor[old_rows]
+        vars(self).update(resized)
         self.residents = [*kept, *[None] * (num_rows - len(kept))]
         for row, resident in enumerate(kept):
             resident.row = row

@@ -14,6 +14,8 @@ from services.unet_worker.slot import predict_noise
 from shared.device import finish_work
 from shared.worker import sample_for
 
+LONG_MS = 1_000.0
+
 
 def warm_up(
     model: DiffusionModel, sizes: Sequence[tuple[int, int]], row_counts: Sequence[int]
@@ -38,21 +40,23 @@ def measure(
 ) -> dict[int, float]:
     """Median milliseconds of a UNet forward by its rows, at `size` or the model's default.
 
-    row_counts: ascending. The first that takes no less time per row, and does so again, is the last
-    to be measured: what is larger would only take longer. Once could be the machine's moment.
+    row_counts: ascending. Those behind the second in a row that takes no less time per row are not
+    measured: what is larger would only take longer. Behind the first that does so twice, where it
+    takes long; what is short is rather lengthened by somebody else.
     """
     height, width = size or (model.facts.default_height, model.facts.default_width)
     medians_ms: dict[int, float] = {}
-    least_row_ms = math.inf
+    least_row_ms, num_without_gain = math.inf, 0
     for num_rows in row_counts:
         _forward_zeros(model, num_rows, height, width)
         median_ms = _median_ms(model, num_rows, height, width, num_repeats)
         if median_ms / num_rows >= least_row_ms:
             median_ms = min(median_ms, _median_ms(model, num_rows, height, width, num_repeats))
         medians_ms[num_rows] = median_ms
-        if median_ms / num_rows >= least_row_ms:
+        num_without_gain = num_without_gain + 1 if median_ms / num_rows >= least_row_ms else 0
+        if num_without_gain == 2 or (num_without_gain and median_ms > LONG_MS):  # noqa: PLR2004
             break
-        least_row_ms = median_ms / num_rows
+        least_row_ms = min(least_row_ms, median_ms / num_rows)
     return medians_ms
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from services.unet_worker.unet_forward import UnetForward
 from services.unet_worker.vocabulary import Vocabulary, read_vocabulary
 from shared.device import DtypeName, choose_device, choose_dtype
 from shared.errors import ConfigurationError
+from shared.load_part import load_part
+from shared.model_folder import check_model_folder, read_json
 
 _PIPELINE_SIDE_MULTIPLE = 8  # what StableDiffusionPipeline.check_inputs asks of every side
 _UNSUPPORTED_UNET_FIELDS = (  # conditions that StableDiffusionPipeline does not supply
@@ -89,15 +90,19 @@ def load_model(
         ConfigurationError: The folder is not such a model, or the device is not there.
     """
     folder = Path(folder)
-    _check_pipeline_class(folder)
+    check_model_folder(folder, ("unet", "text_encoder", "tokenizer", "scheduler"))
     torch_device = choose_device(device)
     torch_dtype = choose_dtype(dtype, torch_device)
     diffusers.utils.logging.set_verbosity_error()  # schedulers comment on every step otherwise
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    unet = load_part(folder, "unet", diffusers.UNet2DConditionModel, torch_dtype)
+    text_encoder = load_part(folder, "text_encoder", transformers.CLIPTextModel, torch_dtype)
     try:
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
             folder,
+            unet=unet,
+            text_encoder=text_encoder,
             vae=None,
             safety_checker=None,
             feature_extractor=None,
@@ -111,7 +116,7 @@ def load_model(
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(torch_device, torch_dtype)
     pipeline.text_encoder.eval().requires_grad_(False)
-    unet = pipeline.unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return DiffusionModel(
         pipeline=pipeline,
         unet=unet,
@@ -123,37 +128,13 @@ def load_model(
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigurationError(
-            f"{path} is missing; a model is a diffusers folder with model_index.json, "
-            "tokenizer, text_encoder, unet, vae and scheduler"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"{path} should hold a JSON object")
-    return content
-
-
-def _check_pipeline_class(folder: Path) -> None:
-    name = _read_json(folder / "model_index.json").get("_class_name")
-    if name != "StableDiffusionPipeline":
-        raise ConfigurationError(
-            f"{folder / 'model_index.json'} names the pipeline {name!r}; "
-            "it should be StableDiffusionPipeline"
-        )
-
-
 def _read_facts(folder: Path, pipeline: Any) -> ModelFacts:
     unet, text, scheduler = (
         pipeline.unet.config,
         pipeline.text_encoder.config,
         pipeline.scheduler.config,
     )
-    vae = _read_json(folder / "vae" / "config.json")
+    vae = read_json(folder / "vae" / "config.json")
     for name in _UNSUPPORTED_UNET_FIELDS:
         if unet.get(name) is not None:
             raise ConfigurationError(f"unet/config.json: {name}={unet[name]!r} should be null")

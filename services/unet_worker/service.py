@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
 from redis.asyncio import Redis
@@ -21,6 +23,7 @@ from services.unet_worker.samplers import DEFAULT_SAMPLER
 from shared import keys, metrics
 from shared.cuda_ipc import gpu_ipc
 from shared.device import finish_work
+from shared.device_lock import alone_on
 from shared.errors import ProtocolError, SynerDiffError
 from shared.logs import get_logger
 from shared.messages import (
@@ -42,13 +45,18 @@ from shared.messages import (
     WorkerAnnounced,
     WorkerInfo,
 )
+from shared.model_folder import check_model_folder, model_digest
 from shared.settings import UnetWorkerSettings, available_threads
+from shared.tasks import TaskGroup
 from shared.tensor_pool import TensorPool
-from shared.worker import ComputeThread, WorkerLink, find_place, keep_helpers_serial
+from shared.watchdog import Patience, Watchdog
+from shared.worker import ComputeThread, WorkerLink, find_place, keep_helpers_serial, run_beside
 from shared.worker_id import make_incarnation, make_worker_id
 
 PROFILE_ROWS = (1, 2, 4, 8, 16, 24)
 """Slot sizes measured at the start, up to the first without gain; the knee is among them."""
+
+T = TypeVar("T")
 
 log = get_logger()
 
@@ -59,21 +67,21 @@ class UnetWorkerService:
     Args:
         redis: The connection; the caller owns it.
         settings: As read at the start.
+        watchdog: Ends this process where it hangs.
     """
 
-    def __init__(self, redis: Redis, settings: UnetWorkerSettings) -> None:
+    def __init__(
+        self, redis: Redis, settings: UnetWorkerSettings, watchdog: Watchdog | None = None
+    ) -> None:
         worker_id = make_worker_id(settings.worker_id, "unet")
         self._redis = redis
         self._settings = settings
         self._worker_id = worker_id
         self._threads = settings.threads or available_threads()
-        self._link = WorkerLink(
-            redis,
-            make_incarnation(worker_id),
-            heartbeat_ttl_ms=settings.heartbeat_ttl_ms,
-            drain_timeout_s=settings.drain_timeout_s,
-        )
-        self._compute = ComputeThread(self._threads)
+        self._watchdog = watchdog or Watchdog()
+        self._link = WorkerLink(redis, make_incarnation(worker_id), settings, self._watchdog)
+        self._compute = ComputeThread(self._threads, self._watchdog)
+        self._patience: Patience
         self._device: torch.device
         self._denoiser: Denoiser
         self._pool: TensorPool | None = None
@@ -89,10 +97,12 @@ class UnetWorkerService:
     async def run(self) -> None:
         """Load, measure, register, denoise until stopped."""
         keep_helpers_serial()
-        info = await self._compute.run(self._start)
+        info = await self._compute.run(
+            "loading and measuring", self._start_alone, within_s=self._settings.max_start_s
+        )
         log.info("ready", step_ms={rows: round(ms, 1) for rows, ms in info.step_ms.items()})
         try:
-            async with asyncio.TaskGroup() as group:
+            async with TaskGroup() as group:
                 group.create_task(self._link.run(info))
                 group.create_task(self._hand_over.expire_until_stopped())
                 while not self._link.is_stopping:
@@ -105,14 +115,20 @@ class UnetWorkerService:
                         self._link.stop()
         finally:
             self._compute.close()
+            self._watchdog.close()
             if self._pool:
                 self._pool.close()
 
     # --- start ----------------------------------------------------------------------------------
 
+    def _start_alone(self) -> WorkerInfo:
+        with alone_on(self._settings.device_group or self._settings.device):
+            return self._start()
+
     def _start(self) -> WorkerInfo:
         """Load the model, warm it up and measure slots; runs in the compute thread."""
         settings = self._settings
+        check_model_folder(settings.model)
         model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
         self._device = model.device
         self._denoiser = Denoiser(
@@ -122,6 +138,10 @@ class UnetWorkerService:
         is_recorded = prepare_unet(model, settings.sizes_to_warm_up)
         log.info("loaded", device=str(model.device), is_recorded=is_recorded)
         step_ms = self._denoiser.measure(PROFILE_ROWS)
+        facts = model.facts
+        self._patience = Patience(settings.max_call_s, facts.default_height * facts.default_width)
+        for rows, ms in step_ms.items():
+            self._patience.learn(ms / 1000, rows=rows)
         self._denoiser.warm_up(settings.sizes_to_warm_up, tuple(step_ms))
         if settings.transport == "auto":
             self._pool = TensorPool(
@@ -131,7 +151,7 @@ class UnetWorkerService:
                 timeout_s=settings.latents_ttl_s,
                 ipc=gpu_ipc(model.device),
             )
-        self._hand_over = HandOver(self._redis, self._link, settings, self._pool)
+        self._hand_over = HandOver(self._redis, self._link, settings, self._pool, self._watchdog)
         self._giving_way = GivingWay(self._has_chunks_beside)
         place = find_place(
             model.device,
@@ -151,6 +171,7 @@ class UnetWorkerService:
             threads=self._threads,
             max_requests=settings.max_requests,
             model_id=info.model_id,
+            model_digest=model_digest(settings.model),
             model=info,
             step_ms=step_ms,
             pool=self._pool.name if self._pool else "",
@@ -178,7 +199,7 @@ class UnetWorkerService:
 
     # --- messages -------------------------------------------------------------------------------
 
-    async def _take_messages(self, group: asyncio.TaskGroup) -> None:
+    async def _take_messages(self, group: TaskGroup) -> None:
         """Control first: admissions and releases apply before the next slot."""
         while self._link.control:
             await self._take(self._link.control.popleft(), group)
@@ -189,7 +210,7 @@ class UnetWorkerService:
         if self._link.is_draining:
             await self._hand_back()
 
-    async def _take(self, message: Message, group: asyncio.TaskGroup) -> None:
+    async def _take(self, message: Message, group: TaskGroup) -> None:
         match message:
             case AdmitRequest() if message.epoch >= self._epoch:
                 await self._admit(message)
@@ -200,9 +221,11 @@ class UnetWorkerService:
                 self._hand_over.forget(request_id, attempt)
             case ReleaseLatents():
                 self._hand_over.release(message, group)
-            case BeginEpoch(epoch=epoch) if epoch > self._epoch:
+            case BeginEpoch(epoch=epoch) if epoch >= self._epoch:
+                # No slot comes before the answer to it, so all that are here are older.
                 self._epoch = epoch
                 self._slots.clear()
+                self._link.work.clear()
                 self._announce()
             case _:
                 log.debug("ignored", message=type(message).__name__)
@@ -216,6 +239,8 @@ class UnetWorkerService:
                 step_index=0,
                 num_forwards=0,
                 is_guided=True,
+                num_skipped=len(finished.skipped_steps),
+                warnings=finished.warnings,
             )
             for finished in self._hand_over.leaving
         ]
@@ -258,6 +283,7 @@ class UnetWorkerService:
                 is_guided=admission.is_guided,
                 warnings=admission.warnings,
                 step_index=step_index,
+                num_skipped=admission.num_skipped,
             )
         )
 
@@ -268,7 +294,9 @@ class UnetWorkerService:
             try:
                 state = await find_state(self._redis, *place)
                 if state:
-                    admission = await self._compute.run(partial(self._denoiser.import_state, state))
+                    admission = await self._call(
+                        "an admission", partial(self._denoiser.import_state, state)
+                    )
                     await self._redis.delete(keys.resume(*place))
                     metrics.RESUMED.inc()
                     return admission, state.step_index
@@ -276,7 +304,7 @@ class UnetWorkerService:
             except ProtocolError as error:
                 log.warning("not resumed", request_id=command.request_id, error=str(error))
         admit = partial(self._denoiser.admit, *place, command.parameters)
-        return await self._compute.run(admit), 0
+        return await self._call("an admission", admit), 0
 
     # --- leaving --------------------------------------------------------------------------------
 
@@ -289,7 +317,7 @@ class UnetWorkerService:
             place = (held.request_id, held.attempt)
             if held.step_index:
                 export = partial(self._denoiser.export_state, *place)
-                state = await self._compute.run(export)
+                state = await self._call("a hand-over", export)
                 if state is None:
                     continue
                 await leave_state(self._redis, state, ttl_s=self._settings.latents_ttl_s)
@@ -312,21 +340,36 @@ class UnetWorkerService:
 
     # --- slots ----------------------------------------------------------------------------------
 
-    async def _run_slot(self, slot: DenoiseSlot, group: asyncio.TaskGroup) -> None:
+    async def _run_slot(self, slot: DenoiseSlot, group: TaskGroup) -> None:
         if self._pool:
             self._pool.set_running_seq(slot.seq)
-        start = time.perf_counter()
+        pixels = self._denoiser.pixels_of(slot.rows)
         run = partial(
             self._giving_way.run,
             partial(run_isolated, self._denoiser.run, slot.rows),
             threads=slot.threads,
             shape=slot.shape if slot.threads else NO_ROOM,
         )
-        running = asyncio.ensure_future(self._compute.run(run, threads=slot.threads))
+        num_rows = 2 * len(slot.rows)  # at most
+        running = asyncio.ensure_future(
+            self._compute.run_timed(
+                f"slot {slot.seq} of {len(slot.rows)} requests",
+                run,
+                within_s=self._patience.within_s(rows=num_rows, pixels=pixels),
+                threads=slot.threads,
+            )
+        )
         if self._denoiser.draws_noise:
-            await asyncio.to_thread(self._denoiser.draw_ahead)
-        result = await running
-        duration = time.perf_counter() - start
+            await run_beside(
+                self._watchdog,
+                "noise for coming steps",
+                self._denoiser.draw_ahead,
+                within_s=self._patience.within_s(),
+            )
+        timed = await running
+        result, duration = timed.result, timed.duration_s
+        if result.num_unet_rows:
+            self._patience.learn(duration, rows=result.num_unet_rows, pixels=pixels)
         if self._pool:
             # This slot is over: what is bound to the gap behind it may begin.
             self._pool.set_running_seq(slot.seq + 1)
@@ -355,7 +398,11 @@ class UnetWorkerService:
             RuntimeError: A GPU's context is lost. The worker ends by it, and another process can do
                 what this one would only fail.
         """
-        await self._compute.run(partial(finish_work, self._device))
+        await self._call("a look at the device", partial(finish_work, self._device))
+
+    async def _call(self, what: str, call: Callable[[], T]) -> T:
+        """A call that is no forward."""
+        return await self._compute.run(what, call, within_s=self._patience.within_s())
 
     def _observe(self, result: SlotResult, duration_s: float) -> None:
         metrics.STEP_SECONDS.observe(duration_s)
@@ -373,7 +420,14 @@ class UnetWorkerService:
             size=(command.height, command.width),
         )
         try:
-            step_ms = await self._compute.run(measure, threads=command.threads)
+            pixels = command.height * command.width
+            patience_s = self._patience.within_s(rows=command.rows, pixels=pixels)
+            step_ms = await self._compute.run(
+                f"a measurement of {command.rows} rows",
+                measure,
+                within_s=command.window_ms / 1000 + 2 * patience_s,
+                threads=command.threads,
+            )
         except (RuntimeError, MemoryError) as error:
             log.warning("not measured", rows=command.rows, error=repr(error))
             step_ms = 0.0

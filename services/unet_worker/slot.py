@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from services.unet_worker.coefficients import step_arguments
 from services.unet_worker.guidance import (
     extrapolate,
     extrapolation_weights,
@@ -16,8 +14,9 @@ from services.unet_worker.guidance import (
     guide,
     guide_from_text,
 )
-from services.unet_worker.latents import LatentPool, Resident
+from services.unet_worker.latents import LatentPool, PoolUpdate, Resident
 from services.unet_worker.model import DiffusionModel
+from services.unet_worker.own_scheduler import OwnScheduler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +36,8 @@ class SlotRequest:
 class RowOutcome:
     """What a forward made of one request.
 
-    step_index: the forward that was run. latents: (1, C, h, w) float32 on the device, a view.
+    step_index: the forward that was run. latents: (1, C, h, w) float32 on the device, of a finished
+    request its own, else a view. scheduler: that of a sampler without a linear table, one step on.
     skip_error: `guidance_error` of the extrapolated direction, None where this was no full step
     with directions kept. error: why the update failed, None if it did not.
     """
@@ -46,6 +46,7 @@ class RowOutcome:
     step_index: int
     is_skipped: bool
     latents: torch.Tensor
+    scheduler: OwnScheduler | None
     is_finite: bool
     skip_error: float | None
     error: str | None
@@ -65,7 +66,7 @@ class Slot:
         untracked = [one for one in full if not one.is_tracked]
         unguided = [one for one in requests if not one.resident.is_guided]
         self._requests = [*skipped, *tracked, *untracked, *unguided]
-        self._pool: LatentPool = requests[0].resident.pool
+        self.pool: LatentPool = requests[0].resident.pool
         self._num_skipped = len(skipped)
         self._num_tracked = len(skipped) + len(tracked)
         self._full = slice(len(skipped), len(skipped) + len(full))
@@ -75,13 +76,13 @@ class Slot:
         """Rows of the UNet forward."""
         return len(self._requests) + self._full.stop - self._full.start
 
-    def denoise(self, model: DiffusionModel) -> list[RowOutcome]:
-        """Run the forward and store what it makes of the latents.
+    def denoise(self, model: DiffusionModel) -> tuple[list[RowOutcome], PoolUpdate]:
+        """Run the forward; what it makes of each request, and of what their pool holds.
 
-        Requests go on only by `Resident.advance`: where this raises, it may be tried again.
+        Nothing is changed yet: where this raises, it may be tried again.
         """
         residents = [request.resident for request in self._requests]
-        pool = self._pool
+        pool = self.pool
         rows, steps, newest = torch.tensor(
             [[one.row, one.step_index, one.newest] for one in residents]
         ).T.to(model.device)
@@ -91,8 +92,11 @@ class Slot:
 
         latents = pool.latents[rows]
         scaled = latents * input_scale
-        for i, scheduler, own_timestep in self._own_schedulers():
-            scaled[i : i + 1] = scheduler.scale_model_input(latents[i : i + 1], own_timestep)
+        own = {
+            i: one.scheduler.copy() for i, one in enumerate(residents) if one.scheduler is not None
+        }
+        for i, one in own.items():
+            scaled[i : i + 1] = one.scale(latents[i : i + 1], residents[i].step_index)
         noise_pred_uncond, noise_pred_text = self._predict(model, rows, scaled, timestep)
 
         full, num_skipped, num_tracked = self._full, self._num_skipped, self._num_tracked
@@ -100,6 +104,7 @@ class Slot:
         noise_pred = noise_pred_text.clone()
         noise_pred[full] = guide(noise_pred_uncond, direction, guidance_scale[full])
         skip_errors = torch.empty(0, device=model.device)
+        tracked, measured = slice(num_skipped, num_tracked), direction[:0]
         if num_tracked > 0:
             rows_, newest_ = rows[:num_tracked], newest[:num_tracked]
             estimate = extrapolate(
@@ -107,7 +112,7 @@ class Slot:
                 pool.directions[rows_, 1 - newest_],
                 self._extrapolation_weights(model.device),
             )
-            skipped, tracked = slice(0, num_skipped), slice(num_skipped, num_tracked)
+            skipped = slice(0, num_skipped)
             noise_pred[skipped] = guide_from_text(
                 noise_pred[skipped], estimate[skipped], guidance_scale[skipped]
             )
@@ -115,7 +120,6 @@ class Slot:
             skip_errors = guidance_error(
                 estimate[tracked], measured, noise_pred[tracked], guidance_scale[tracked]
             )
-            pool.store_directions(rows[tracked], 1 - newest[tracked], measured)
 
         stepped = a * latents + b * noise_pred + pool.carry[rows]
         noisy = [i for i, one in enumerate(residents) if one.table.draws_noise[one.step_index]]
@@ -123,34 +127,46 @@ class Slot:
             noise = torch.cat([residents[i].noise.peek() for i in noisy]).to(model.device)
             stepped[noisy] += d[noisy] * noise
         errors: dict[int, str] = {}
-        for i, scheduler, own_timestep in self._own_schedulers():
+        for i, one in own.items():
             try:
-                stepped[i : i + 1] = scheduler.step(
+                stepped[i : i + 1] = one.step(
                     noise_pred[i : i + 1].clone(),  # it may keep them, but not the whole batch
-                    own_timestep,
+                    residents[i].step_index,
                     latents[i : i + 1].clone(),
-                    **step_arguments(scheduler, residents[i].noise.generator),
-                    return_dict=False,
-                )[0]
+                )
+            except (torch.OutOfMemoryError, MemoryError):
+                raise
             except Exception as error:  # noqa: BLE001  a foreign class; its row fails alone
                 errors[i] = f"the sampler failed: {error!r}"
-        pool.store(rows, stepped, e * latents + f * noise_pred)
 
         is_finite = torch.isfinite(stepped).flatten(1).all(dim=1)
         numbers = torch.cat([is_finite.float(), skip_errors]).tolist()  # the slot's one wait
         errors_from = len(residents) - num_skipped
-        return [
+        outcomes = [
             RowOutcome(
                 resident=request.resident,
                 step_index=request.resident.step_index,
                 is_skipped=request.is_skipped,
-                latents=stepped[i : i + 1],
+                latents=(
+                    stepped[i : i + 1].clone()
+                    if request.resident.is_at_last_step
+                    else stepped[i : i + 1]
+                ),
+                scheduler=own.get(i),
                 is_finite=bool(numbers[i]),
                 skip_error=numbers[errors_from + i] if num_skipped <= i < num_tracked else None,
                 error=errors.get(i),
             )
             for i, request in enumerate(self._requests)
         ]
+        return outcomes, PoolUpdate(
+            rows=rows,
+            latents=stepped,
+            carry=e * latents + f * noise_pred,
+            tracked_rows=rows[tracked],
+            sides=1 - newest[tracked],
+            directions=measured,
+        )
 
     def _predict(
         self,
@@ -169,8 +185,8 @@ class Slot:
             model,
             torch.cat([scaled[full], scaled]),
             torch.cat([timestep[full], timestep]),
-            self._pool.prompt_embeds[pool_rows, sides],
-            self._pool.timestep_cond[pool_rows],
+            self.pool.prompt_embeds[pool_rows, sides],
+            self.pool.timestep_cond[pool_rows],
         )
         return noise_pred[:num_full], noise_pred[num_full:]
 
@@ -185,14 +201,6 @@ class Slot:
                 )
             )
         return torch.tensor(weights, device=device).T.reshape(2, -1, 1, 1, 1)
-
-    def _own_schedulers(self) -> list[tuple[int, Any, torch.Tensor]]:
-        """(place, scheduler, timestep) of the requests whose sampler has no linear table."""
-        return [
-            (i, one.scheduler, one.scheduler.timesteps[one.step_index])
-            for i, one in enumerate(request.resident for request in self._requests)
-            if one.scheduler is not None
-        ]
 
 
 def predict_noise(

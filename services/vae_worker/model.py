@@ -12,6 +12,8 @@ import torch
 
 from shared.device import DtypeName, choose_device, choose_dtype
 from shared.errors import ConfigurationError
+from shared.load_part import load_part
+from shared.model_folder import check_model_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,15 +46,11 @@ def load_decoder(folder: Path, *, device: str = "auto", dtype: DtypeName = "auto
     Raises:
         ConfigurationError: The folder holds no such VAE, or the device is not there.
     """
+    check_model_folder(folder, ("vae",))
     torch_device = choose_device(device)
     torch_dtype = choose_dtype(dtype, torch_device)
     diffusers.utils.logging.disable_progress_bar()
-    try:
-        vae = diffusers.AutoencoderKL.from_pretrained(
-            folder, subfolder="vae", torch_dtype=torch_dtype, local_files_only=True
-        )
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise ConfigurationError(f"{folder}/vae can't be loaded: {error}") from error
+    vae = load_part(folder, "vae", diffusers.AutoencoderKL, torch_dtype)
     vae.encoder = None
     vae = vae.eval().requires_grad_(False)
     return Decoder(

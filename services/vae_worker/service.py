@@ -23,6 +23,7 @@ from services.vae_worker.model import Decoder, load_decoder
 from shared import metrics
 from shared.cuda_ipc import gpu_ipc
 from shared.device import finish_work
+from shared.device_lock import alone_on
 from shared.errors import HandleLostError, SynerDiffError
 from shared.logs import get_logger
 from shared.messages import (
@@ -30,6 +31,7 @@ from shared.messages import (
     CancelDecode,
     ChunksDecoded,
     ChunksMeasured,
+    CommitRefused,
     DecodeLatents,
     GrantChunks,
     HandleLost,
@@ -39,13 +41,17 @@ from shared.messages import (
     ReleaseLatents,
     RequestFailed,
     TensorHandle,
+    WorkerAnnounced,
     WorkerInfo,
 )
+from shared.model_folder import check_model_folder, model_digest
 from shared.records import Commit, Outcome, Records
 from shared.settings import VaeWorkerSettings, available_threads
+from shared.tasks import TaskGroup
 from shared.tensor_bytes import unpack_tensor
 from shared.tensor_pool import TensorReader
-from shared.worker import ComputeThread, WorkerLink, find_place, keep_helpers_serial
+from shared.watchdog import Patience, Watchdog
+from shared.worker import ComputeThread, WorkerLink, find_place, keep_helpers_serial, run_beside
 from shared.worker_id import make_incarnation, make_worker_id
 
 log = get_logger()
@@ -57,6 +63,9 @@ GRANT_WAIT_S = 10.0
 """A grant bound to a slot waits at most so long for it: nothing waits for a slot that is lost."""
 
 GRANT_POLL_S = 0.002
+
+MAX_PLANS = 64
+"""How sizes are cut that were decoded lately; clients choose sizes, and there are thousands."""
 
 CHUNK_LEASE_NS = 2_000_000_000
 """A UNet worker gives way to a chunk for at most so long."""
@@ -87,6 +96,7 @@ class Decode:
     grants: deque[PendingGrant] = field(default_factory=deque)
     done: int = 0
     chunks: Chunks | None = None
+    num_chunks: int = 0
     compute_s: float = 0.0
     transport: str = ""
 
@@ -97,22 +107,22 @@ class VaeWorkerService:
     Args:
         redis: The connection; the caller owns it.
         settings: As read at the start.
+        watchdog: Ends this process where it hangs.
     """
 
-    def __init__(self, redis: Redis, settings: VaeWorkerSettings) -> None:
+    def __init__(
+        self, redis: Redis, settings: VaeWorkerSettings, watchdog: Watchdog | None = None
+    ) -> None:
         worker_id = make_worker_id(settings.worker_id, "vae")
         self._redis = redis
         self._settings = settings
         self._worker_id = worker_id
         self._threads = settings.threads or available_threads()
-        self._link = WorkerLink(
-            redis,
-            make_incarnation(worker_id),
-            heartbeat_ttl_ms=settings.heartbeat_ttl_ms,
-            drain_timeout_s=settings.drain_timeout_s,
-        )
+        self._watchdog = watchdog or Watchdog()
+        self._link = WorkerLink(redis, make_incarnation(worker_id), settings, self._watchdog)
         self._records = Records(redis, settings.retention)
-        self._compute = ComputeThread(self._threads)
+        self._compute = ComputeThread(self._threads, self._watchdog)
+        self._patience: Patience
         self._reader: TensorReader
         self._decoder: Decoder
         self._granularity: Granularity
@@ -129,9 +139,11 @@ class VaeWorkerService:
     async def run(self) -> None:
         """Load, measure, register, decode until stopped."""
         keep_helpers_serial()
-        info = await self._compute.run(self._start)
+        info = await self._compute.run(
+            "loading and measuring", self._start_alone, within_s=self._settings.max_start_s
+        )
         log.info("ready", decode_ms=round(info.decode_ms, 1), chunks=info.num_chunks)
-        async with asyncio.TaskGroup() as group:
+        async with TaskGroup() as group:
             group.create_task(self._link.run(info))
             group.create_task(self._drop_dead_pools())
             while not self._link.is_stopping:
@@ -149,8 +161,13 @@ class VaeWorkerService:
                 if self._link.may_leave and not (self._decodes or self._num_committing):
                     self._link.stop()
         self._compute.close()
+        self._watchdog.close()
 
     # --- start ----------------------------------------------------------------------------------
+
+    def _start_alone(self) -> WorkerInfo:
+        with alone_on(self._settings.device_group or self._settings.device):
+            return self._start()
 
     def _start(self) -> WorkerInfo:
         """Load the VAE and measure a decode of the default size; runs in the compute thread.
@@ -159,12 +176,15 @@ class VaeWorkerService:
             ConfigurationError: The folder holds no VAE, or a profile can't be read.
         """
         settings = self._settings
+        check_model_folder(settings.model)
         self._decoder = load_decoder(settings.model, device=settings.device, dtype=settings.dtype)
         self._reader = TensorReader(ipc=gpu_ipc(self._decoder.device))
         self._granularity = choose_granularity(settings, self._decoder)
         size = self._decoder.default_size
         durations_s = [sum(time_chunks(self._decoder, self._plan(*size))) for _ in range(4)]
         factor = self._decoder.scale_factor
+        self._patience = Patience(settings.max_call_s, size[0] * size[1] * factor**2)
+        self._patience.learn(min(durations_s))
         for height, width in settings.sizes_to_warm_up:
             time_chunks(self._decoder, self._plan(height // factor, width // factor))
         place = find_place(
@@ -184,23 +204,25 @@ class VaeWorkerService:
             threads=self._threads,
             max_requests=0,
             model_id=self._decoder.name,
+            model_digest=model_digest(settings.model),
             decode_ms=statistics.median(durations_s[1:]) * 1000,
             num_chunks=self._plan(*size).num_chunks,
         )
 
     def _plan(self, latent_height: int, latent_width: int) -> ChunkPlan:
         size = (latent_height, latent_width)
-        if size not in self._plans:
-            self._plans[size] = plan_chunks(
-                self._decoder.vae,
-                latent_height,
-                latent_width,
-                granularity=self._granularity,
-            )
-        return self._plans[size]
+        plan = self._plans.pop(size, None) or plan_chunks(
+            self._decoder.vae,
+            latent_height,
+            latent_width,
+            granularity=self._granularity,
+        )
+        self._plans[size] = plan  # the most recently used comes last
+        if len(self._plans) > MAX_PLANS:
+            del self._plans[next(iter(self._plans))]
+        return plan
 
-    def _chunks(self, latents: torch.Tensor) -> Chunks:
-        plan = self._plan(latents.shape[2], latents.shape[3])
+    def _chunks(self, latents: torch.Tensor, plan: ChunkPlan) -> Chunks:
         latents = latents.to(self._decoder.device, self._decoder.dtype)
         return decode_chunks(self._decoder.vae, latents, plan=plan)
 
@@ -213,12 +235,13 @@ class VaeWorkerService:
 
     def _take(self, message: Message) -> None:
         match message:
-            case BeginEpoch(epoch=epoch):
-                # Decodes are short and their latents still there: the new scheduler asks anew.
-                self._epoch = max(self._epoch, epoch)
+            case BeginEpoch(epoch=epoch) if epoch >= self._epoch:
+                # Decodes are short and their latents still there: the scheduler asks anew.
+                self._epoch = epoch
                 self._measurements.clear()
                 for decode in list(self._decodes.values()):
                     self._forget(decode)
+                self._link.post(WorkerAnnounced(incarnation=self._link.incarnation, epoch=epoch))
             case DecodeLatents() if message.epoch >= self._epoch:
                 known = self._decodes.get(message.request_id)
                 if known and known.command.attempt != message.attempt:
@@ -271,15 +294,19 @@ class VaeWorkerService:
 
     # --- decoding -------------------------------------------------------------------------------
 
-    async def _run_chunk(self, decode: Decode, group: asyncio.TaskGroup) -> None:
+    async def _run_chunk(self, decode: Decode, group: TaskGroup) -> None:
         """Run one chunk; after the last, encode and commit while the next decode begins."""
         command = decode.command
         try:
             if decode.chunks is None:
                 latents, decode.transport = await self._fetch(command)
-                decode.chunks = self._chunks(latents)
+                plan = self._plan(latents.shape[2], latents.shape[3])
+                decode.chunks, decode.num_chunks = self._chunks(latents, plan), plan.num_chunks
             image = await self._compute.run(
-                partial(self._advance, decode), threads=decode.grants[0].command.threads
+                f"chunk {decode.done} of a decode",
+                partial(self._advance, decode),
+                within_s=self._patience.within_s(pixels=_pixels(command)),
+                threads=decode.grants[0].command.threads,
             )
         except HandleLostError as error:
             self._forget(decode)
@@ -297,7 +324,11 @@ class VaeWorkerService:
         except (RuntimeError, MemoryError, SynerDiffError) as error:
             # Raises where a GPU's context is lost. Then the worker ends, and another process can
             # do what this one would only fail.
-            await self._compute.run(partial(finish_work, self._decoder.device))
+            await self._compute.run(
+                "a look at the device",
+                partial(finish_work, self._decoder.device),
+                within_s=self._patience.within_s(),
+            )
             self._fail(decode, error)
             return
         self._report_grant(decode, is_last=image is not None)
@@ -326,6 +357,7 @@ class VaeWorkerService:
                 attempt=decode.command.attempt,
                 chunks_done=decode.done,
                 duration_ms=grant.compute_s * 1000,
+                num_chunks=decode.num_chunks,
             )
         )
 
@@ -367,7 +399,13 @@ class VaeWorkerService:
             return measure_for(self._decoder, plan, window_s)
 
         try:
-            chunk_ms = await self._compute.run(measure, threads=command.threads)
+            patience_s = self._patience.within_s(pixels=command.height * command.width)
+            chunk_ms = await self._compute.run(
+                "a measurement of decodes",
+                measure,
+                within_s=window_s + 2 * patience_s,
+                threads=command.threads,
+            )
         except (RuntimeError, MemoryError) as error:
             log.warning("not measured", error=repr(error))
             chunk_ms = ()
@@ -391,7 +429,12 @@ class VaeWorkerService:
             if transport == "inline":
                 latents = await self._fetch_inline(handle)
             else:
-                latents = await asyncio.to_thread(self._reader.read, handle)
+                latents = await run_beside(
+                    self._watchdog,
+                    "a read of latents",
+                    partial(self._reader.read, handle),
+                    within_s=self._patience.within_s(),
+                )
         except HandleLostError as error:
             if transport == "inline":
                 raise
@@ -410,11 +453,14 @@ class VaeWorkerService:
         command = decode.command
         parameters = command.parameters
         try:
-            encoded = await asyncio.to_thread(
-                encode_image,
-                image,
-                parameters=parameters,
-                skipped_steps=command.skipped_steps,
+            encode = partial(
+                encode_image, image, parameters=parameters, skipped_steps=command.skipped_steps
+            )
+            encoded = await run_beside(
+                self._watchdog,
+                "the encoding of a picture",
+                encode,
+                within_s=self._patience.within_s(pixels=_pixels(command)),
             )
         except SynerDiffError as error:
             self._fail(decode, error)
@@ -444,6 +490,13 @@ class VaeWorkerService:
         )
         if not await self._records.commit(commit):
             log.info("commit lost to a final state or newer attempt", request=command.request_id)
+            self._link.post(
+                CommitRefused(
+                    incarnation=self._link.incarnation,
+                    request_id=command.request_id,
+                    attempt=command.attempt,
+                )
+            )
 
     def _fail(self, decode: Decode, error: Exception) -> None:
         command = decode.command
@@ -463,3 +516,7 @@ class VaeWorkerService:
         while not self._link.is_stopping:
             self._reader.drop_dead()
             await asyncio.sleep(1.0)
+
+
+def _pixels(command: DecodeLatents) -> int:
+    return command.parameters.height * command.parameters.width

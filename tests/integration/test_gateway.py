@@ -10,11 +10,12 @@ from typing import Any
 import openai
 import pytest
 import pytest_asyncio
-from fake_backend import MODEL, FakeBackend, paint
+from fake_backend import MODEL, FakeBackend, paint, write_status
 from gateways import RunningGateway
 from PIL import Image
 from redis_server import RedisServer
 
+from services.gateway.fleet_watch import LOOK_INTERVAL_S
 from services.gateway.order import limits_of, order_images
 from services.gateway.validation import GenerationBody
 from shared import keys
@@ -22,6 +23,7 @@ from shared.records import Records, Retention
 from shared.settings import GatewaySettings
 
 GENERATIONS = "/v1/images/generations"
+BODY = {"prompt": "a cat"}
 LIMITS = limits_of(MODEL, GatewaySettings())
 
 
@@ -118,6 +120,14 @@ async def test_a_random_seed_is_told_and_a_warning_is_passed_on(ready, backend) 
     assert reply.data[0].seed == backend.seen[0].parameters.seed
     assert reply.data[0].warnings == ["The prompt was cut."]
     assert backend.seen[0].parameters.guidance_skip == "balanced"
+
+
+async def test_no_clock_of_the_gateway_goes_into_a_request(ready, backend) -> None:
+    reply = await ready.openai.images.generate(prompt="a cat", extra_body={"deadline_ms": 60_000})
+    assert (backend.seen[0].submitted_at, backend.seen[0].deadline_ms) == (0.0, 60_000)
+    seconds, _ = await backend.redis.time()
+    record = await Records(backend.redis).read(reply.data[0].request_id)
+    assert abs(record.submitted_at - seconds) < 60
 
 
 async def test_the_openai_client_streams_one_picture(ready) -> None:
@@ -221,6 +231,55 @@ async def test_too_many_open_requests_are_told_when_to_come_back(backend, start_
     await gateway.openai.images.generate(prompt="one more")
 
 
+CAPACITY = {"row_ms": 100.0, "decode_ms": 100.0, "overhead_ms": 0.0}
+"""Ten guided steps take 2.1 s."""
+
+
+async def start_with_backlog(
+    start_gateway, backend: FakeBackend, backlog_ms: float, **settings: object
+) -> RunningGateway:
+    capacity = {"fake": {"backlog_ms": backlog_ms, **CAPACITY}}
+    await write_status(backend.redis, [], capacity=capacity, ttl_s=keys.STATUS_TTL_S)
+    gateway = await start_gateway(**settings)
+    await gateway.ready()
+    return gateway
+
+
+async def test_a_request_whose_turn_would_come_too_late_is_told_when_to_come_back(
+    backend, start_gateway
+) -> None:
+    gateway = await start_with_backlog(start_gateway, backend, 20_000, request_timeout_s=15)
+    body = {"prompt": "a cat", "num_inference_steps": 10}
+    async with gateway.http.post(GENERATIONS, json=body) as response:
+        assert response.status == 429
+        error = (await response.json())["error"]
+        assert (error["type"], error["code"]) == ("rate_limit_error", "overloaded")
+        assert 8_000 < int(response.headers["retry-after-ms"]) <= 12_500
+        assert response.headers["Retry-After"] in {"9", "10", "11", "12", "13"}
+    late = {**body, "deadline_ms": 10_000}
+    async with gateway.http.post(GENERATIONS, json=late) as response:
+        assert response.status == 429
+    assert not backend.seen
+
+
+async def test_what_was_accepted_since_the_scheduler_last_spoke_counts(
+    backend, start_gateway
+) -> None:
+    gateway = await start_with_backlog(start_gateway, backend, 0, max_wait_s=12)
+    body = {"prompt": "a cat", "num_inference_steps": 10}
+    answers = [await gateway.http.post(GENERATIONS, json=body | {"n": n}) for n in (1, 5, 1)]
+    assert [answer.status for answer in answers] == [200, 200, 429]
+    assert len(backend.seen) == 6
+
+
+async def test_an_idle_service_accepts_what_takes_long(backend, start_gateway) -> None:
+    gateway = await start_with_backlog(start_gateway, backend, 0, max_wait_s=0)
+    reply = await gateway.openai.images.generate(
+        prompt="a cat", n=3, extra_body={"num_inference_steps": 150}
+    )
+    assert len(reply.data) == 3
+
+
 @pytest.mark.parametrize("is_streamed", [False, True])
 async def test_a_client_that_goes_away_cancels_its_requests(ready, backend, is_streamed) -> None:
     body = {"prompt": "hold", "n": 1 if is_streamed else 2, "stream": is_streamed}
@@ -256,6 +315,25 @@ async def test_a_request_that_takes_too_long_is_cancelled(backend, start_gateway
     with pytest.raises(openai.APIError, match="in time"):
         [event async for event in stream]
     await cancelled(backend, 2)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_a_request_whose_deadline_is_over_is_cancelled(ready, backend, is_streamed) -> None:
+    body = {"prompt": "hold", "deadline_ms": 50, "stream": is_streamed}
+    async with ready.http.post(GENERATIONS, json=body) as response:
+        assert '"code":"timeout"' in await response.text()
+    await cancelled(backend, 1)
+
+
+async def test_what_can_not_be_cancelled_now_is_cancelled_later(ready, backend) -> None:
+    asking = asyncio.create_task(ready.http.post(GENERATIONS, json={"prompt": "hold"}))
+    await seen(backend, 1)
+    await backend.redis.config_set("min-replicas-to-write", 1)
+    asking.cancel()
+    await asyncio.sleep(0.5)
+    assert not backend.cancelled
+    await backend.redis.config_set("min-replicas-to-write", 0)
+    await cancelled(backend, 1)
 
 
 async def test_a_request_s_status_can_be_watched_and_the_request_be_cancelled(
@@ -379,6 +457,38 @@ async def test_admission_stops_before_the_store_is_full(ready, backend) -> None:
     assert (caught.value.status_code, caught.value.code) == (503, "store_full")
 
 
+async def test_a_store_that_refuses_writes_is_told_and_recovers(ready, backend) -> None:
+    await backend.redis.config_set("min-replicas-to-write", 1)
+
+    async def look() -> str:
+        return " ".join(await reasons(ready)).partition(":")[0]
+
+    await eventually(look, "Redis refuses to write")
+    with pytest.raises(openai.InternalServerError) as caught:
+        await ready.openai.images.generate(prompt="a cat")
+    assert (caught.value.status_code, caught.value.code) == (503, "store_unavailable")
+    assert caught.value.response.headers["Retry-After"] == "5"
+    assert await status_of(ready, "/healthz") == 200
+    await backend.redis.config_set("min-replicas-to-write", 0)
+    await ready.ready()
+    assert len((await ready.openai.images.generate(prompt="a cat")).data) == 1
+
+
+@pytest.mark.parametrize("key", [keys.STATUS, keys.WORKERS])
+async def test_what_makes_no_sense_in_the_store_does_not_end_the_gateway(
+    ready, backend, key
+) -> None:
+    if key == keys.WORKERS:
+        await backend.redis.sadd(key, b"\xff\xfe", b"x")
+        await backend.redis.set(keys.worker("x"), b"\xc1")
+    else:
+        await backend.redis.set(key, b"\xc1")
+        await eventually(lambda: reasons(ready), ["no scheduler is alive"])
+    assert len((await ready.openai.images.generate(prompt="a cat")).data) == 1
+    await asyncio.sleep(2 * LOOK_INTERVAL_S)
+    assert not ready.task.done()
+
+
 async def test_a_store_that_is_full_already_is_no_bug(ready, backend) -> None:
     await backend.redis.config_set("maxmemory", 1)
     with pytest.raises(openai.InternalServerError) as caught:
@@ -396,6 +506,20 @@ async def test_a_restart_of_redis_costs_no_waiting_client_its_pictures(
     redis_server.start()
     backend.release()
     assert len((await asyncio.wait_for(asking, 40)).data) == 2
+
+
+async def test_nobody_waits_for_a_store_that_has_been_silent_for_a_while(
+    ready, redis_server
+) -> None:
+    redis_server.stop()
+    await eventually(lambda: reasons(ready), ["Redis does not answer"])
+    for asking in (ready.http.get("/v1/images/img_1"), ready.http.post(GENERATIONS, json=BODY)):
+        async with asyncio.timeout(10), asking as response:
+            assert response.status == 503
+            assert (await response.json())["error"]["code"] == "store_unavailable"
+            assert "Retry-After" in response.headers
+    redis_server.start()
+    await ready.ready()
 
 
 async def test_news_that_the_board_has_missed_comes_from_the_records(ready, backend) -> None:

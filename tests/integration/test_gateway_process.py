@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 from redis_server import RedisServer
 
+from shared.errors import EXIT_CONFIGURATION
+
 
 @contextmanager
 def gateway_process(**variables: str) -> Iterator[subprocess.Popen[str]]:
@@ -57,5 +59,5 @@ def test_an_address_that_is_not_ours_stops_the_start_and_is_named(
 ) -> None:
     with gateway_process(REDIS_URL=redis_server.url, HOST="192.0.2.1") as process:
         _, log = process.communicate(timeout=60)
-        assert process.returncode == 1
+        assert process.returncode == EXIT_CONFIGURATION
         assert "SYNERDIFF_HOST=192.0.2.1" in log

@@ -15,6 +15,7 @@ import pytest
 
 from cli.service_log import LogLine
 from cli.supervisor import Death, RestartPolicy, Service, Supervisor
+from shared.errors import EXIT_CONFIGURATION
 
 WAIT_S = 20.0
 IMPATIENT = RestartPolicy(first_delay_s=0.02, max_delay_s=0.1, max_quick_deaths=3)
@@ -116,6 +117,52 @@ async def test_a_service_that_keeps_ending_is_given_up_with_its_last_lines(
     assert witness.deaths[-1].cause == "exit code 3"
     assert witness.deaths[-1].last_lines[-1] == "no such model"
     assert supervisor.pids() == {}
+
+
+async def test_a_service_that_says_that_another_start_would_end_alike_is_not_started_again(
+    supervisor: Supervisor, witness: Witness
+) -> None:
+    await supervisor.start(script("unet-0", f"raise SystemExit({EXIT_CONFIGURATION})"))
+    async with asyncio.timeout(WAIT_S):
+        await supervisor.wait_given_up()
+    await supervisor.stop(grace_s=5)
+    (death,) = witness.deaths
+    assert death.is_final
+    assert death.restart_in_s is None
+
+
+SIGBUS = "import os, signal; os.kill(os.getpid(), signal.SIGBUS)"
+
+
+@pytest.mark.parametrize("source", [SIGBUS, f"raise SystemExit({EXIT_CONFIGURATION})", "1 / 0"])
+async def test_deaths_under_a_hardship_are_waited_out_and_count_when_it_is_over(
+    tmp_path: Path, witness: Witness, source: str
+) -> None:
+    hardship = "disk full"
+    supervisor = Supervisor(
+        log_folder=tmp_path, observer=witness, policy=IMPATIENT, find_hardship=lambda: hardship
+    )
+    await supervisor.start(script("gateway", source))
+    await wait_until(lambda: len(witness.deaths) > 2 * IMPATIENT.max_quick_deaths)
+    assert all(death.hardship == "disk full" for death in witness.deaths)
+    assert all(death.restart_in_s is not None for death in witness.deaths)
+    hardship = ""
+    async with asyncio.timeout(WAIT_S):
+        await supervisor.wait_given_up()
+    await supervisor.stop(grace_s=5)
+
+
+async def test_a_service_whose_log_cannot_be_written_runs_without(
+    supervisor: Supervisor, witness: Witness, tmp_path: Path
+) -> None:
+    (tmp_path / "gateway.log" / "in the way").mkdir(parents=True)
+    (tmp_path / "gateway.log.1" / "too").mkdir(parents=True)
+    await supervisor.start(script("gateway", f"print('lost', flush=True); {SLEEP}"))
+    pid = supervisor.pids()["gateway"]
+    os.kill(pid, signal.SIGKILL)
+    await wait_until(lambda: supervisor.pids().get("gateway") not in {None, pid})
+    await supervisor.stop(grace_s=5)
+    assert [death.cause for death in witness.deaths] == ["killed by SIGKILL"]
 
 
 async def test_services_stop_rank_by_rank(

@@ -17,9 +17,10 @@ from redis.asyncio import Redis
 from services.unet_worker.denoiser import Denoiser
 from services.unet_worker.service import UnetWorkerService
 from shared import keys, messages
-from shared.settings import UnetWorkerSettings
+from shared.settings import UnetWorkerSettings, WorkerSettings
 from shared.streams import Streams
 from shared.tensor_bytes import unpack_tensor
+from shared.watchdog import Watchdog
 from shared.worker import WorkerLink
 
 M = TypeVar("M", bound=messages.Message)
@@ -39,7 +40,7 @@ class Desk:
 
     async def hear(self, kind: type[M], *, is_it: Callable[[M], bool] = lambda _: True) -> M:
         """The next message of a kind that nobody has taken yet; the others wait."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while True:
                 for message in self.heard:
                     if isinstance(message, kind) and is_it(message):
@@ -74,6 +75,10 @@ class Desk:
         return admitted.step_index
 
     async def denoise(self, step_index: int, *request_ids: str) -> messages.SlotDenoised:
+        seq = await self.send_slot(step_index, *request_ids)
+        return await self.hear(messages.SlotDenoised, is_it=lambda one: one.seq == seq)
+
+    async def send_slot(self, step_index: int, *request_ids: str) -> int:
         self.seq += 1
         rows = tuple(
             messages.SlotRow(request_id=one, attempt=ATTEMPT, step_index=step_index)
@@ -81,7 +86,7 @@ class Desk:
         )
         slot = messages.DenoiseSlot(epoch=EPOCH, seq=self.seq, kind="alone", threads=1, rows=rows)
         await Streams(self.redis).send(keys.work(self.incarnation), slot)
-        return await self.hear(messages.SlotDenoised, is_it=lambda one: one.seq == slot.seq)
+        return slot.seq
 
     async def latents(self, request_id: str) -> torch.Tensor:
         finished = await self.hear(
@@ -240,7 +245,7 @@ async def test_draining_ends_in_time_whatever_is_left(
 
 
 async def test_nobody_may_leave_before_everything_that_came_is_taken(redis: Redis) -> None:
-    link = WorkerLink(redis, "w-1", heartbeat_ttl_ms=5_000, drain_timeout_s=0.1)
+    link = WorkerLink(redis, "w-1", WorkerSettings(drain_timeout_s=0.1), Watchdog())
     link.drain()
     link.control.append(messages.LeaveWhenDone(epoch=EPOCH))
     link.work.append(messages.BeginEpoch(epoch=EPOCH))

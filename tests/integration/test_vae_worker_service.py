@@ -128,6 +128,23 @@ async def test_a_decode_runs_as_many_chunks_as_are_granted(
         assert (await desk.hear(messages.ChunksDecoded)).chunks_done == desk.num_chunks
 
 
+async def test_a_worker_that_is_asked_what_it_holds_drops_its_decodes_and_says_so(
+    redis: Redis, tiny_model_folder: Path
+) -> None:
+    async with working(redis, tiny_model_folder) as (_, desk):
+        await desk.hand_over("a")
+        await desk.grant("a", 3)
+        assert (await desk.hear(messages.ChunksDecoded)).num_chunks == desk.num_chunks
+        # Of the same epoch, as often as it is asked.
+        for _ in range(2):
+            await desk.tell(messages.BeginEpoch(epoch=EPOCH))
+            announced = await desk.hear(messages.WorkerAnnounced)
+            assert (announced.epoch, announced.held) == (EPOCH, ())
+        await desk.hand_over("a")
+        await desk.grant("a", 2)
+        assert (await desk.hear(messages.ChunksDecoded)).chunks_done == 2
+
+
 async def test_the_unet_worker_is_told_while_chunks_of_its_device_run(
     redis: Redis, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

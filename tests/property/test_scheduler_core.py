@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from math import inf, nan
+from typing import cast
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -13,12 +16,17 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from scheduler_world import World, make_request
+from scheduler_world import POISON, World, make_request, make_worker
 
+from services.scheduler.events import Event
+from services.scheduler.liveness import Patience
 from services.scheduler.policies import MAX_SLOTS_IN_FLIGHT, POLICY_NAMES
 from services.scheduler.profile import DecodeTiming, Profile, SlotKind, SlotTiming
 from services.scheduler.skipping import skip_credits
 from services.scheduler.state import Stage
+from shared import messages
+
+PATIENCE = Patience(floor_s=3.0, first_use_s=6.0)
 
 PROFILE = Profile(
     model_id="m",
@@ -30,6 +38,11 @@ PROFILE = Profile(
             key="64x64",
             kind=SlotKind(unet_threads=2),
             step_ms={1: 10.0, 2: 12.0, 4: 20.0, 8: 40.0},
+        ),
+        SlotTiming(
+            key="128x128",
+            kind=SlotKind(unet_threads=2),
+            step_ms={1: 10.0, 2: 11.0, 8: 14.0, 16: 16.0},
         ),
         *(
             SlotTiming(
@@ -44,6 +57,33 @@ PROFILE = Profile(
     decodes=(DecodeTiming(key="64x64", threads=2, chunk_ms=(5.0,) * 4),),
 )
 
+PROFILES = (PROFILE, replace(PROFILE, model_id="n"))
+"""64x64 has a knee of 4 rows, 128x128 one of 16."""
+
+LOSABLE = (
+    messages.AdmitRequest,
+    messages.DenoiseSlot,
+    messages.DecodeLatents,
+    messages.GrantChunks,
+)
+
+ANSWERS = (
+    messages.RequestAdmitted,
+    messages.SlotDenoised,
+    messages.LatentsFinished,
+    messages.ChunksDecoded,
+)
+
+ODD: tuple[Event, ...] = (
+    replace(make_request("odd"), priority=cast("int", inf)),
+    replace(make_request("odd"), submitted_at=nan),
+    make_request("odd", side=-64),
+    make_request("odd", steps=0),
+    messages.WorkerRegistered(worker=replace(make_worker("unet", "unet-0", "odd"), step_ms={})),
+    messages.WorkerRegistered(worker=replace(make_worker("vae", "vae-0", "odd"), num_chunks=0)),
+    messages.DenoiseSlot(epoch=1, seq=1, kind="alone", threads=1, rows=()),
+)
+
 
 class SchedulerMachine(RuleBasedStateMachine):
     world: World
@@ -53,9 +93,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         is_profiled=st.booleans(),
     )
     def begin(self, policy: str, is_profiled: bool) -> None:
-        self.world = World(policy=policy, profiles=(PROFILE,) if is_profiled else ())
+        self.world = World(
+            policy=policy, profiles=PROFILES if is_profiled else (), patience=PATIENCE
+        )
         self.world.start_worker("unet", "unet-0")
         self.world.start_worker("vae", "vae-0")
+        self.world.start_worker("unet", "unet-n", model="n")
+        self.world.start_worker("vae", "vae-n", model="n", group="other")
         self.submitted = 0
         self.overdue_since: dict[tuple[str, ...], int] = {}
         self.calm_since_blow = 0
@@ -69,6 +113,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         deadline_ms=st.sampled_from([0, 0, 1, 5_000]),
         owner=st.sampled_from(["", "a", "b"]),
         sampler=st.sampled_from(["ddim", "ddim", "unmovable"]),
+        model=st.sampled_from(["m", "m", "n"]),
     )
     def submit(  # noqa: PLR0917  as the strategies above
         self,
@@ -80,6 +125,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         deadline_ms: int,
         owner: str,
         sampler: str,
+        model: str,
     ) -> None:
         request_id = f"r{self.submitted}"
         self.submitted += 1
@@ -95,8 +141,71 @@ class SchedulerMachine(RuleBasedStateMachine):
                 deadline_ms=deadline_ms,
                 owner=owner,
                 sampler=sampler,
+                model=model,
             )
         )
+
+    @rule(steps=st.integers(1, 3))
+    def submit_what_makes_planning_raise(self, steps: int) -> None:
+        request_id = f"{POISON}{self.submitted}"
+        self.submitted += 1
+        self.world.submit(make_request(request_id, steps=steps, submitted_at=self.world.now))
+
+    @rule(event=st.sampled_from(ODD))
+    def something_odd_comes(self, event: Event) -> None:
+        num_parked = len(self.world.parked)
+        self.world.feed(event)
+        assert len(self.world.parked) == num_parked + 1
+        assert self.world.parked[-1].event == event
+
+    @precondition(lambda self: len(self.world.lost_kinds) < 2)
+    @rule(kind=st.sampled_from(LOSABLE))
+    def a_message_will_be_lost(self, kind: type[messages.Message]) -> None:
+        self.world.lose_next(kind)
+
+    @precondition(lambda self: self.world.mail and isinstance(self.world.mail[0], ANSWERS))
+    @rule()
+    def an_answer_is_lost(self) -> None:
+        self.world.mail.popleft()
+
+    @precondition(lambda self: self.calm_since_blow > 1)
+    @precondition(lambda self: self.hangable())
+    @rule(data=st.data(), seconds=st.integers(0, 12))
+    def a_worker_hangs(self, data: st.DataObject, seconds: int) -> None:
+        self.calm_since_blow = 0
+        self.world.hang(data.draw(st.sampled_from(self.hangable())))
+        for _ in range(seconds):
+            self.world.tick()
+            self.every_answer_has_its_time()
+
+    @precondition(lambda self: self.hanging())
+    @rule(data=st.data())
+    def a_worker_goes_on(self, data: st.DataObject) -> None:
+        self.world.go_on(data.draw(st.sampled_from(self.hanging())))
+
+    @precondition(lambda self: self.calm_since_blow > 1)
+    @precondition(lambda self: self.hangable())
+    @rule(data=st.data())
+    def a_worker_lapses(self, data: st.DataObject) -> None:
+        self.calm_since_blow = 0
+        self.world.lapse(data.draw(st.sampled_from(self.hangable())))
+
+    @precondition(lambda self: self.world.lapsed)
+    @rule(data=st.data())
+    def a_worker_comes_back(self, data: st.DataObject) -> None:
+        self.world.come_back(data.draw(st.sampled_from(sorted(self.world.lapsed))))
+
+    def hangable(self) -> list[str]:
+        """Workers that do well and stay."""
+        return sorted(
+            name
+            for name, worker in (self.world.unets | self.world.vaes).items()
+            if not (worker.hangs or worker.is_draining or name in self.world.lapsed)
+        )
+
+    def hanging(self) -> list[str]:
+        workers = self.world.unets | self.world.vaes
+        return sorted(name for name, worker in workers.items() if worker.hangs)
 
     @precondition(lambda self: self.world.mail)
     @rule(twice=st.booleans())
@@ -109,14 +218,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.calm_since_blow += rounds
         for _ in range(rounds):
             self.world.settle()
-            for name in [name for name, unet in self.world.unets.items() if unet.slots]:
+            for name in self.running():
                 self.world.run_slot(name)
 
-    @precondition(lambda self: any(unet.slots for unet in self.world.unets.values()))
+    def running(self) -> list[str]:
+        return sorted(
+            name for name, unet in self.world.unets.items() if unet.slots and not unet.hangs
+        )
+
+    @precondition(lambda self: self.running())
     @rule(data=st.data())
     def run_slot(self, data: st.DataObject) -> None:
-        names = sorted(name for name, unet in self.world.unets.items() if unet.slots)
-        self.world.run_slot(data.draw(st.sampled_from(names)))
+        self.world.run_slot(data.draw(st.sampled_from(self.running())))
 
     @precondition(lambda self: any(self.world.decodable(name) for name in self.world.vaes))
     @rule(data=st.data())
@@ -144,14 +257,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.world.kill_worker(data.draw(st.sampled_from(names)))
 
     @precondition(lambda self: self.calm_since_blow > 1)
-    @precondition(lambda self: self.world.unets or self.world.vaes)
+    @precondition(lambda self: self.hangable())
     @rule(data=st.data())
     def drain_worker(self, data: st.DataObject) -> None:
         self.calm_since_blow = 0
-        workers = self.world.unets | self.world.vaes
-        name = data.draw(st.sampled_from(sorted(workers)))
-        if not workers[name].is_draining:
-            self.world.drain_worker(name)
+        self.world.drain_worker(data.draw(st.sampled_from(self.hangable())))
 
     @precondition(lambda self: self.calm_since_blow > 3)
     @rule()
@@ -258,15 +368,37 @@ class SchedulerMachine(RuleBasedStateMachine):
                     assert request.num_skipped <= 0.7 * request.num_forwards + 0.5
 
     @invariant()
+    def every_answer_has_its_time(self) -> None:
+        """Past it a worker is suspect, and what it owed is elsewhere. Ticks are a second apart."""
+        core, now = self.world.core, self.world.now
+        bound_s = max(PATIENCE.floor_s, PATIENCE.first_use_s) + 1
+        for unet in core.unets.values():
+            assert not (unet.is_suspect and unet.slots)
+            for slot in unet.slots:
+                assert now - max(slot.sent_at, unet.answered_at) <= bound_s
+        num_open = len(core.requests)
+        for request in core.requests.values():
+            is_owed = request.stage is Stage.ENCODING or (
+                request.stage is Stage.DECODING and core.vaes[request.vae].owes(request)
+            )
+            if is_owed:
+                assert now - request.asked_at <= bound_s * (num_open + 1)
+
+    @invariant()
     def no_open_request_is_forgotten(self) -> None:
         assert set(self.world.open_requests) <= set(self.world.core.requests)
 
     def teardown(self) -> None:
         if not hasattr(self, "world"):
             return
-        self.world.start_worker("unet", "unet-0")
-        self.world.start_worker("vae", "vae-0")
-        self.world.run_until_quiet(max_rounds=1_000)
+        for name in sorted(self.world.lapsed):
+            self.world.come_back(name)
+        for name in self.hanging():
+            self.world.go_on(name)
+        for model in ("m", "n"):
+            self.world.start_worker("unet", f"unet-{'0' if model == 'm' else model}", model=model)
+            self.world.start_worker("vae", f"vae-{'0' if model == 'm' else model}", model=model)
+        self.world.run_until_quiet(max_rounds=1_500)
         assert len(self.world.final) == self.submitted
         assert not any(unet.held for unet in self.world.unets.values())
         assert not self.world.core.requests
@@ -275,7 +407,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestSchedulerCore = SchedulerMachine.TestCase
 TestSchedulerCore.settings = settings(
-    max_examples=40,
+    max_examples=60,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

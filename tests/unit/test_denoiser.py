@@ -18,9 +18,9 @@ from denoising import (
     parameters,
 )
 
+from services.unet_worker import slot
 from services.unet_worker.denoiser import Denoiser
 from services.unet_worker.guidance import GuidanceRecord, extrapolation_weights
-from services.unet_worker.latents import LatentPool
 from services.unet_worker.model import load_model
 from services.unet_worker.samplers import SAMPLERS
 from shared.errors import ConfigurationError, InvalidRequestError, OverloadedError, ProtocolError
@@ -220,7 +220,8 @@ def test_a_sampler_that_raises_fails_its_own_request_only(denoiser: Denoiser) ->
     denoiser.admit("b", ATTEMPT, parameters(**SMALL))
     broken = denoiser._store.get("a", ATTEMPT)
     assert broken is not None
-    broken.scheduler.step = lambda *_args, **_kwargs: 1 / 0
+    assert broken.scheduler is not None
+    broken.scheduler._scheduler.step = lambda *_args, **_kwargs: 1 / 0
     result = denoiser.run(next_rows(denoiser))
     assert [failure.request_id for failure in result.failures] == ["a"]
     assert "ZeroDivisionError" in result.failures[0].reason
@@ -245,7 +246,7 @@ def test_a_slot_that_runs_out_of_memory_may_be_tried_again(
             if where == "the UNet":
                 patch.setattr(denoiser._model.unet, "forward", fail)
             else:
-                patch.setattr(LatentPool, "store", fail)
+                patch.setattr(slot, "PoolUpdate", fail)
             with pytest.raises(torch.OutOfMemoryError):
                 denoiser.run(next_rows(denoiser))
     torch.testing.assert_close(denoise_held(denoiser)["a"].latents, expected)

@@ -54,7 +54,7 @@ def _change(folder: Path, file: str, **fields: Any) -> None:
     ("file", "fields", "complaint"),
     [
         ("model_index.json", {"_class_name": "FluxPipeline"}, "FluxPipeline"),
-        ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type"),
+        ("unet/config.json", {"class_embed_type": "identity"}, "class_embed_type"),
         ("vae/config.json", {"latent_channels": 16}, "latent channels, 16"),
         ("tokenizer/tokenizer_config.json", {"model_max_length": 77}, "model_max_length=77"),
         ("unet/config.json", {"cross_attention_dim": 33}, "can't be loaded"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -60,6 +61,11 @@ def test_a_decode_waits_no_longer_than_its_bound_whatever_the_threshold() -> Non
             break
     assert world.final["short"] == "done"
     assert world.now <= 2.0 + 5 * 0.1 + 0.5
+
+
+def only(names: Iterable[str]) -> str:
+    (name,) = names
+    return name
 
 
 def roomy_profile() -> Profile:
@@ -215,18 +221,21 @@ def test_a_deadline_that_nobody_could_keep_is_refused_and_not_dropped() -> None:
     assert world.final == {"hopeless": "failed"}
 
 
-def test_a_picture_that_comes_late_says_so() -> None:
+@pytest.mark.parametrize("num_slots", [0, 1, 3])
+def test_nobody_computes_for_a_request_whose_time_is_over(num_slots: int) -> None:
     world = a_world()
     world.submit(make_request("late", steps=3, deadline_ms=1_000))
     world.settle()
-    world.now += 5.0
-    for _ in range(3):
-        for name in list(world.unets):
-            if world.unets[name].slots:
-                world.run_slot(name)
+    for _ in range(num_slots):
+        world.run_slot(only(world.unets))
         world.settle()
-    decodes = [one for vae in world.vaes.values() for one in vae.decodes.values()]
-    assert any("deadline" in text for text in decodes[0].command.warnings)
+    world.tick(1.5)
+    assert world.final == {"late": "failed"}
+    assert world.failures == {"late": "deadline_exceeded"}
+    for unet in world.unets.values():
+        assert not unet.held
+    for vae in world.vaes.values():
+        assert not vae.decodes
 
 
 def test_one_request_alone_skips_nothing() -> None:

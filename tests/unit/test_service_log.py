@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.service_log import ServiceLog, level_of
+from cli.service_log import ServiceLog, explanation, level_of
 from cli.supervisor import DeathCount, RestartPolicy
 
 
@@ -73,3 +73,39 @@ def test_a_long_life_forgives_the_deaths_before_it() -> None:
 def test_a_kill_from_outside_never_makes_the_supervisor_give_up() -> None:
     deaths = DeathCount(policy=RestartPolicy(max_quick_deaths=2))
     assert all(deaths.delay_after(exit_code=-9, lived_s=0) is not None for _ in range(50))
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (
+            ("Z [error    ] stopped   code=x error='there\\'s no \"x\"' service=unet",),
+            'there\'s no "x"',
+        ),
+        (("Z [error    ] stopped   code=x error=short service=unet",), "short"),
+        (('{"event": "stopped", "error": "no \\"x\\"", "level": "error"}', ""), 'no "x"'),
+        (
+            ("1:M 28 Nov 2026 14:23:58.867 # Bad file format", "1:M 28 Nov 2026 * bye"),
+            "Bad file format",
+        ),
+        (("unet: SYNERDIFF_X=1: too small",), "unet: SYNERDIFF_X=1: too small"),
+        ((), ""),
+    ],
+)
+def test_what_ended_a_service_is_told_in_its_own_words(lines: tuple[str, ...], words: str) -> None:
+    assert explanation(lines) == words
+
+
+def test_a_log_that_finds_no_room_for_a_copy_is_emptied_all_the_same(tmp_path: Path) -> None:
+    log = ServiceLog(tmp_path / "x.log", max_bytes=10)
+    (tmp_path / "x.log.1").mkdir()  # no copy can be made
+    write(log, b"0123456789abc\n")
+    assert len(log.read_new_lines()) == 1
+    assert log.path.read_bytes() == b""
+
+
+def test_a_final_end_is_final_from_the_first_and_excused_by_a_hardship() -> None:
+    deaths = DeathCount(policy=RestartPolicy())
+    excused = {"exit_code": 78, "lived_s": 1.0, "is_final": True, "is_excused": True}
+    assert all(deaths.delay_after(**excused) is not None for _ in range(50))  # type: ignore[arg-type]
+    assert deaths.delay_after(exit_code=78, lived_s=100, is_final=True) is None

@@ -8,6 +8,8 @@ import pytest
 
 from shared.errors import ConfigurationError
 from shared.settings import (
+    GatewaySettings,
+    SchedulerSettings,
     ServiceSettings,
     UnetWorkerSettings,
     VaeWorkerSettings,
@@ -70,3 +72,43 @@ def test_a_password_is_not_logged(url: str, shown: str) -> None:
     settings = ServiceSettings(redis_url=url)
     assert settings.redis_url == url
     assert settings.model_dump(mode="json")["redis_url"] == shown
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "wanted"),
+    [
+        (GatewaySettings, "PORT", "http", "an integer from 0 to 65535"),
+        (GatewaySettings, "PORT", "70000", "an integer from 0 to 65535"),
+        (GatewaySettings, "REQUEST_TIMEOUT_S", "0", "a number above 0"),
+        (GatewaySettings, "REQUEST_TIMEOUT_S", "inf", "a number above 0"),
+        (GatewaySettings, "MAX_WAIT_S", "-1", "a number of at least 0"),
+        (GatewaySettings, "MAX_OPEN_REQUESTS", "0", "an integer of at least 1"),
+        (GatewaySettings, "DEFAULT_GUIDANCE_SCALE", "nan", "a number from 0 to 50"),
+        (GatewaySettings, "MAX_GUIDANCE_SKIP", "all", "off, balanced or fast"),
+        (GatewaySettings, "PUBLIC_URL", "example.org", "an address that begins with http://"),
+        (GatewaySettings, "PUBLIC_URL", "https://a b", "an address that begins with http://"),
+        (ServiceSettings, "REDIS_URL", "localhost:6379", "begins with redis://, rediss:// or unix"),
+        (ServiceSettings, "LOG_FORMAT", "xml", "text or json"),
+        (SchedulerSettings, "THRESHOLD_MIN", "0", "a number above 0 and at most 1"),
+        (UnetWorkerSettings, "SPLIT_ROWS", "perhaps", "true or false"),
+        (UnetWorkerSettings, "WARM_UP_SIZES", "big", 'as in "256x256 512x768", or empty'),
+        (VaeWorkerSettings, "NUM_CHUNKS", "many", "an integer from 1 to 64"),
+        (VaeWorkerSettings, "WORKER_ID", "a b", "letters, digits"),
+    ],
+)
+def test_a_wrong_value_is_answered_with_what_it_should_be(
+    monkeypatch: pytest.MonkeyPatch, kind: type[ServiceSettings], name: str, value: str, wanted: str
+) -> None:
+    monkeypatch.setenv(f"SYNERDIFF_{name}", value)
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings(kind)
+    assert str(caught.value).startswith(f"SYNERDIFF_{name}='{value}' should be ")
+    assert wanted in str(caught.value)
+
+
+@pytest.mark.parametrize(("timeout_s", "wait_s"), [(15.0, 7.5), (600.0, 60.0)])
+def test_a_request_waits_for_its_start_well_below_its_timeout(
+    timeout_s: float, wait_s: float
+) -> None:
+    assert GatewaySettings(request_timeout_s=timeout_s).wait_limit_s == wait_s
+    assert GatewaySettings(request_timeout_s=timeout_s, max_wait_s=0.0).wait_limit_s == 0.0

@@ -211,6 +211,18 @@ def test_a_reader_says_until_when_its_chunks_run(pool, reader) -> None:
         reader.note_chunks(pool.name, until_ns=2_000)
 
 
+def test_a_reader_does_not_end_the_chunks_of_another(pool, directory, monkeypatch) -> None:
+    numbers = iter([3, 4])
+    monkeypatch.setattr("shared.tensor_reader.secrets.randbelow", lambda _: next(numbers))
+    first, second = (TensorReader(host=pool.host, directory=directory) for _ in range(2))
+    first.note_chunks(pool.name, until_ns=1_000)
+    second.note_chunks(pool.name, until_ns=2_000)
+    second.note_chunks(pool.name, until_ns=0)
+    assert pool.has_chunks_beside(999)
+    first.note_chunks(pool.name, until_ns=0)
+    assert not pool.has_chunks_beside(0)
+
+
 def test_the_running_seq_is_seen_by_readers(pool, reader) -> None:
     assert reader.running_seq(pool.name) == -1
     pool.set_running_seq(41)
