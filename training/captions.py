@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+import re
 import string
 from collections.abc import Iterator
 
-from training.emoji_set import Emoji
+from training.emoji_set import Emoji, character_forms
 
 P_EMPTY = 0.1  # the unconditional share that classifier-free guidance needs
-P_NAME = 0.45
+P_CHARACTERS = 0.2
+P_NAME = 0.45  # of what has words
 P_BARE = 0.55
 P_ARTICLE = 0.2  # what is left of 1 is a decoration
 P_DROP_SMALL_WORDS = 0.05
@@ -48,18 +50,17 @@ DECORATIONS = (
 )
 
 
-def caption_variant(emoji: Emoji, rng: random.Random) -> str:
+def caption_variant(emoji: Emoji, rng: random.Random, *, p_characters: float = P_CHARACTERS) -> str:
     """One random way to ask for `emoji`; the empty caption with probability `P_EMPTY`."""
     if rng.random() < P_EMPTY:
         return ""
-    named = rng.random() < P_NAME or not emoji.synonyms
-    caption = emoji.name if named else rng.choice(emoji.synonyms)
-    style = rng.random()
-    if style >= P_BARE + P_ARTICLE:
-        caption = rng.choice(DECORATIONS).format(caption)
-    elif style >= P_BARE:
-        caption = f"{rng.choice(ARTICLES)} {caption}"
-    words = caption.split()
+    if rng.random() < p_characters:
+        caption = rng.choice(character_forms(emoji.characters))
+    elif rng.random() < P_NAME or not emoji.synonyms:
+        caption = emoji.name
+    else:
+        caption = rng.choice(emoji.synonyms)
+    words = caption_style(rng).format(caption).split()
     if rng.random() < P_DROP_SMALL_WORDS:
         words = [word for word in words if word not in SMALL_WORDS] or words
     if rng.random() < P_TYPO:
@@ -70,13 +71,31 @@ def caption_variant(emoji: Emoji, rng: random.Random) -> str:
     return " ".join(words)
 
 
+def caption_style(rng: random.Random) -> str:
+    """Return a format that puts a caption as it is, behind an article, or into a decoration."""
+    style = rng.random()
+    if style < P_BARE:
+        return "{}"
+    if style < P_BARE + P_ARTICLE:
+        return f"{rng.choice(ARTICLES)} {{}}"
+    return rng.choice(DECORATIONS)
+
+
 def vocabulary_texts(emoji_set: tuple[Emoji, ...]) -> Iterator[str]:
     """Every text whose words the tokenizer should know as single tokens."""
     for emoji in emoji_set:
         yield from emoji.captions
+        yield from character_forms(emoji.characters)
     for decoration in DECORATIONS:
         yield decoration.format("")
     yield from ARTICLES
+
+
+def known_words(emoji_set: tuple[Emoji, ...]) -> list[str]:
+    """Return the words that captions are made of, sorted; typos and noise are none."""
+    texts = [caption for emoji in emoji_set for caption in emoji.captions]
+    texts += [*DECORATIONS, *ARTICLES]
+    return sorted({word for text in texts for word in re.findall(r"[^\W_]+", text.lower())})
 
 
 def _with_typo(word: str, rng: random.Random) -> str:

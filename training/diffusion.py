@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training.captions import caption_variant
+from training.characters import start_with_names
 from training.emoji_set import Emoji
 from training.initialisation import (
     start_near_identity,
@@ -154,9 +155,11 @@ class Denoiser(nn.Module):
 def build_denoiser(tokenizer: CLIPTokenizer, emoji_set: tuple[Emoji, ...]) -> Denoiser:
     """Return both, fresh, with the captions of `emoji_set` told apart."""
     denoiser = Denoiser(build_text_encoder(tokenizer), build_unet())
+    start_with_names(denoiser.text_encoder, tokenizer, emoji_set)
     rng = random.Random(0)
     labels = [number for number in range(len(emoji_set)) for _ in range(CAPTIONS_TOLD_APART)]
-    captions = [caption_variant(emoji_set[label], rng) for label in labels]
+    # Characters will mean what names mean, but don't yet.
+    captions = [caption_variant(emoji_set[label], rng, p_characters=0.0) for label in labels]
     start_with_distinct_captions(
         denoiser.text_encoder,
         denoiser.unet.add_embedding,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 EMOJI_SET_FILE = Path(__file__).with_name("emoji_set.txt")
+VARIATION_SELECTOR = "\N{VARIATION SELECTOR-16}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +58,17 @@ def parse_emoji_set(text: str) -> tuple[Emoji, ...]:
             )
         )
     return tuple(emoji)
+
+
+def character_forms(characters: str) -> tuple[str, ...]:
+    """Return the ways in which an emoji is typed: as it is, and without or with its selector.
+
+    Keyboards and web pages differ in whether they write the variation selector.
+    """
+    forms = [characters, characters.replace(VARIATION_SELECTOR, "")]
+    if len(characters) == 1:
+        forms.append(characters + VARIATION_SELECTOR)
+    return tuple(dict.fromkeys(forms))
 
 
 def load_emoji_set(path: Path = EMOJI_SET_FILE) -> tuple[Emoji, ...]:

@@ -1,4 +1,7 @@
-"""Writes the trained parts as one diffusers folder, fp16, with references and a model card."""
+"""Writes the trained parts as one diffusers folder, fp16, with references and a model card.
+
+Beside them lies `words.json`: what the model has learned, by which a service can name the rest.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,13 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from training.captions import known_words
 from training.diffusion import Denoiser, build_sampler
+from training.edges import edge_steepness, save_edges
 from training.emoji_set import Emoji
 from training.retrieval import REFERENCE_SIZE, References
 
+WORDS_FILE = "words.json"
 MODEL_CARD = Path(__file__).with_name("model_card.md")
 
 
@@ -55,12 +61,24 @@ def export_model(
         shutil.copyfile(tokenizer_files / name, folder / "tokenizer" / name)
     _finish_configs(folder)
     blocks = pixels.shape[-1] // REFERENCE_SIZE
+    save_words(emoji_set, folder)
+    save_edges(edge_steepness(pixels.float() / 255), folder)
     References(
         characters=tuple(emoji.characters for emoji in emoji_set),
         captions=tuple(emoji.captions for emoji in emoji_set),
         pictures=torch.nn.functional.avg_pool2d(pixels.float() / 255, blocks),
     ).save(folder)
     shutil.copyfile(MODEL_CARD, folder / "README.md")
+
+
+def save_words(emoji_set: tuple[Emoji, ...], folder: Path) -> None:
+    """Write the words and the emoji that captions are made of."""
+    lists = {
+        "words": known_words(emoji_set),
+        "characters": [emoji.characters for emoji in emoji_set],
+    }
+    text = json.dumps(lists, ensure_ascii=False, indent=0)
+    (folder / WORDS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def _finish_configs(folder: Path) -> None:

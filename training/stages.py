@@ -3,8 +3,10 @@
 - data: tokenizer and rendered pictures
 - vae: the autoencoder
 - latents: every picture's latents, normalised, and the autoencoder that speaks them
-- unet: UNet and text encoder
-- decoder: the autoencoder's decoder again, on the latents that the UNet knows
+- characters: the text encoder, which learns the emoji themselves
+- unet: the UNet
+- drawing: the UNet again, on what it meets when it draws
+- decoder: the autoencoder's decoder again, on the latents that the UNet knows and draws
 - export: the diffusers folder, its references and a contact sheet
 """
 
@@ -26,6 +28,12 @@ from torch.multiprocessing.spawn import spawn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from training.captions import vocabulary_texts
+from training.characters import (
+    CharacterSettings,
+    share_understood,
+    train_characters,
+    with_characters,
+)
 from training.contact_sheet import SHOWCASE, save_contact_sheet
 from training.diffusion import (
     Denoiser,
@@ -33,6 +41,7 @@ from training.diffusion import (
     build_denoiser,
     train_diffusion,
 )
+from training.drawing import DrawingCourse, DrawingSettings, train_drawing
 from training.emoji_set import load_emoji_set
 from training.export import build_pipeline, export_model
 from training.loop import load_checkpoint, save_checkpoint
@@ -58,7 +67,9 @@ class Stage(enum.StrEnum):
     DATA = "data"
     VAE = "vae"
     LATENTS = "latents"
+    CHARACTERS = "characters"
     UNET = "unet"
+    DRAWING = "drawing"
     DECODER = "decoder"
     EXPORT = "export"
 
@@ -72,7 +83,9 @@ class Run:
     contact_sheet: Path
     start_from: Path | None = None  # a model folder to go on from, in place of fresh weights
     vae: VaeSettings = field(default_factory=VaeSettings)
+    characters: CharacterSettings = field(default_factory=CharacterSettings)
     diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
+    drawing: DrawingSettings = field(default_factory=DrawingSettings)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -109,8 +122,11 @@ class Run:
         torch.manual_seed(self.diffusion.seed)
         if self.start_from is None:
             return build_denoiser(self.tokenizer(), load_emoji_set())
-        text_encoder = CLIPTextModel.from_pretrained(
-            self.start_from / "text_encoder", dtype=torch.float32
+        text_encoder = with_characters(
+            CLIPTextModel.from_pretrained(self.start_from / "text_encoder", dtype=torch.float32),
+            CLIPTokenizer.from_pretrained(self.start_from / "tokenizer"),
+            self.tokenizer(),
+            load_emoji_set(),
         )
         unet = UNet2DConditionModel.from_pretrained(self.start_from / "unet")
         return Denoiser(text_encoder, unet)
@@ -124,10 +140,26 @@ class Run:
             vae.load_state_dict(decoder["average"])
         return vae
 
-    def trained_denoiser(self) -> Denoiser:
-        """Return the averaged weights of the last checkpoint."""
+    def literate_denoiser(self) -> Denoiser:
+        """Return the weights to start from, with a text encoder that knows the characters."""
         denoiser = self.fresh_denoiser()
-        denoiser.load_state_dict(self.load("unet")["average"])
+        denoiser.text_encoder.load_state_dict(self.load("characters")["module"])
+        return denoiser
+
+    def trained_denoiser(self) -> Denoiser:
+        """Return the averaged weights of the UNet's stage, where it ran."""
+        denoiser = self.literate_denoiser()
+        if self.start_from is None or self.path("unet").exists():
+            denoiser.load_state_dict(self.load("unet")["average"])
+        return denoiser
+
+    def drawing_denoiser(self) -> Denoiser:
+        """Return the averaged weights of the last stage of the UNet that ran."""
+        if not self.path("drawing").exists():
+            return self.trained_denoiser()
+        denoiser, latents = self.literate_denoiser(), self.load("latents")["latents"]
+        course = DrawingCourse(denoiser, underway=self.drawing.underway, latents=latents)
+        course.load_state_dict(self.load("drawing")["average"])
         return denoiser
 
 
@@ -136,7 +168,7 @@ def run_stage(stage: Stage, run: Run, *, processes: int) -> None:
 
     On a CPU two processes of one thread each get more out of two cores than two threads do.
     """
-    if processes > 1 and stage in {Stage.VAE, Stage.UNET, Stage.DECODER}:
+    if processes > 1 and stage in _LEARNING:
         rendezvous = run.folder / f"{stage}.rendezvous"
         rendezvous.unlink(missing_ok=True)
         spawn(  # type: ignore[no-untyped-call]
@@ -185,36 +217,74 @@ def _run_latents(run: Run) -> None:
     print(f"VAE: {psnr_db:.2f} dB on every {PSNR_STRIDE}th picture, whole")
 
 
+def _run_characters(run: Run) -> None:
+    tokenizer, emoji_set = run.tokenizer(), load_emoji_set()
+    text_encoder = train_characters(
+        run.fresh_denoiser().text_encoder,
+        tokenizer,
+        emoji_set=emoji_set,
+        settings=run.characters,
+        checkpoint=run.path("characters"),
+    )
+    share = share_understood(text_encoder, tokenizer, emoji_set)
+    print(f"characters: {share:.4f} nearest to their own name")
+
+
 def _run_unet(run: Run) -> None:
+    train_diffusion(
+        run.literate_denoiser(),
+        run.tokenizer(),
+        emoji_set=load_emoji_set(),
+        latents=run.load("latents")["latents"],
+        settings=run.diffusion,
+        checkpoint=run.path("unet"),
+        on_save=_preview_now_and_then(run),
+    )
+
+
+def _run_drawing(run: Run) -> None:
+    train_drawing(
+        run.trained_denoiser(),
+        run.tokenizer(),
+        emoji_set=load_emoji_set(),
+        latents=run.load("latents")["latents"],
+        settings=run.drawing,
+        checkpoint=run.path("drawing"),
+        on_save=_preview_now_and_then(run),
+    )
+
+
+def _preview_now_and_then(run: Run) -> Callable[[nn.Module, int], None]:
+    """Return what draws a sheet at a checkpoint, unless it drew one a short while ago."""
     shown_at = time.monotonic()
 
     def show(average: nn.Module, step: int) -> None:
         nonlocal shown_at
         if time.monotonic() - shown_at < PREVIEW_EVERY_S:
             return
-        _draw_showcase(run, average, run.folder / f"sheet-{step:06d}.png", count=16)
+        denoiser = average.denoiser if isinstance(average, DrawingCourse) else average
+        _draw_showcase(run, denoiser, run.folder / f"sheet-{step:06d}.png", count=16)
         shown_at = time.monotonic()
 
-    train_diffusion(
-        run.fresh_denoiser(),
-        run.tokenizer(),
-        emoji_set=load_emoji_set(),
-        latents=run.load("latents")["latents"],
-        settings=run.diffusion,
-        checkpoint=run.path("unet"),
-        on_save=show,
-    )
+    return show
 
 
 def _run_decoder(run: Run) -> None:
     vae = build_vae()
     state = run.load("latents")
     vae.load_state_dict(state["vae"])
-    train_decoder(vae, state["latents"], run.pixels(), run.vae, run.path("decoder"))
+    train_decoder(
+        vae,
+        latents=state["latents"],
+        drawn=run.load("drawing")["module"]["drawn"],
+        pixels=run.pixels(),
+        settings=run.vae,
+        checkpoint=run.path("decoder"),
+    )
 
 
 def _run_export(run: Run) -> None:
-    vae, denoiser, pixels = run.normalised_vae(), run.trained_denoiser(), run.pixels()
+    vae, denoiser, pixels = run.normalised_vae(), run.drawing_denoiser(), run.pixels()
     psnr_db = reconstruction_psnr_db(vae, pixels)
     print(f"VAE: {psnr_db:.2f} dB on whole pictures")
     _draw_showcase(run, denoiser, run.contact_sheet, count=len(SHOWCASE))
@@ -237,7 +307,11 @@ _STAGES: dict[Stage, Callable[[Run], None]] = {
     Stage.DATA: _run_data,
     Stage.VAE: _run_vae,
     Stage.LATENTS: _run_latents,
+    Stage.CHARACTERS: _run_characters,
     Stage.UNET: _run_unet,
+    Stage.DRAWING: _run_drawing,
     Stage.DECODER: _run_decoder,
     Stage.EXPORT: _run_export,
 }
+
+_LEARNING = frozenset(_STAGES) - {Stage.DATA, Stage.LATENTS, Stage.EXPORT}

@@ -13,6 +13,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from training.emoji_set import VARIATION_SELECTOR
+
 MAX_TOKENS = 16
 START_TOKEN = "<|startoftext|>"  # noqa: S105 - a token of text
 END_TOKEN = "<|endoftext|>"  # noqa: S105
@@ -25,14 +27,25 @@ Pair = tuple[str, str]
 
 
 def word_counts(texts: Iterable[str]) -> Counter[tuple[str, ...]]:
-    """Return how often each word is in `texts`, as the byte-level symbols BPE starts from."""
-    byte_level = ByteLevel(add_prefix_space=False, use_regex=False)
+    """Return how often each word is in `texts`, as the byte-level symbols that BPE starts from.
+
+    A variation selector at the end is a word of its own, so that any emoji may have one.
+    """
     counts: Counter[tuple[str, ...]] = Counter()
     for text in texts:
         for piece in _PIECES.findall(text.lower()):
-            symbols = "".join(part for part, _ in byte_level.pre_tokenize_str(piece))
+            head = piece.removesuffix(VARIATION_SELECTOR)
+            symbols = _symbols(piece if head == piece else VARIATION_SELECTOR)
             counts[(*symbols[:-1], symbols[-1] + END_OF_WORD)] += 1
+            if head not in ("", piece):
+                counts[_symbols(head)] += 1
     return counts
+
+
+def _symbols(piece: str) -> tuple[str, ...]:
+    """Return a symbol for each byte of `piece`."""
+    byte_level = ByteLevel(add_prefix_space=False, use_regex=False)
+    return tuple("".join(part for part, _ in byte_level.pre_tokenize_str(piece)))
 
 
 def learn_merges(counts: Counter[tuple[str, ...]]) -> list[Pair]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812 - the name that every reader knows
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from training.edges import edge_steepness
 from training.initialisation import start_near_identity
 from training.loop import Draws, LoopSettings, train
 from training.pictures import PICTURE_SIZE, to_unit_range
@@ -23,7 +24,10 @@ WHOLE_PICTURES_FROM = 0.7  # of the training; crops before that
 MAX_LATENT_NOISE = 0.3  # standard deviations; latents have 1
 MAX_LATENT_OFFSET = 0.3  # of a whole crop's
 SHARPNESS_WINDOW = 8  # pixels
-SHARPNESS_WEIGHT = 3.0
+SHARPNESS_WEIGHT = 8.0
+STEEPNESS_WEIGHT = 20.0
+SOFTNESS_COST = 4.0
+P_DRAWN = 0.7  # of a crop that the UNet has drawn, rather than one of the encoder's made noisy
 CROPS = ((64, 4), (64, 4), (96, 2), (PICTURE_SIZE, 1))  # (pixels, rows) of like cost, in turn
 
 
@@ -34,6 +38,7 @@ class VaeSettings:
     steps: int = 6_000
     decoder_steps: int = 6_000
     peak_rate: float = 2.5e-3
+    decoder_rate: float = 1e-3
     kl_weight: float = 2e-4
     seed: int = 0
 
@@ -83,6 +88,17 @@ def sharpness_loss(reconstruction: Tensor, pictures: Tensor) -> Tensor:
     return difference.abs().mean()
 
 
+def steepness_loss(reconstruction: Tensor, pictures: Tensor) -> Tensor:
+    """L1 of the steepest gradient in every small window, which is how sharpness is measured.
+
+    Too soft costs more than too crisp: where it is open whether there is an edge, the L1's median
+    would be the softer.
+    """
+    steepness, wanted = (edge_steepness((images + 1) / 2) for images in (reconstruction, pictures))
+    missing = wanted - steepness
+    return torch.maximum(SOFTNESS_COST * missing, -missing).mean()
+
+
 def _gradient_strength(pictures: Tensor) -> Tensor:
     """Root mean square of the differences between neighbours, by channel and window."""
     across = pictures.diff(dim=-1)[..., :-1, :].square()
@@ -99,7 +115,7 @@ def train_vae(pixels: Tensor, settings: VaeSettings, checkpoint: Path) -> Autoen
     """
     torch.manual_seed(settings.seed)
     vae = build_vae()
-    loop = _loop_settings(settings, settings.steps)
+    loop = _loop_settings(settings, settings.steps, settings.peak_rate)
 
     def loss_of(draws: Draws) -> Tensor:
         size, rows = _crop_of(draws.step, loop)
@@ -124,47 +140,48 @@ def train_vae(pixels: Tensor, settings: VaeSettings, checkpoint: Path) -> Autoen
 
 def train_decoder(
     vae: AutoencoderKL,
+    *,
     latents: Tensor,
+    drawn: Tensor,
     pixels: Tensor,
     settings: VaeSettings,
     checkpoint: Path,
 ) -> AutoencoderKL:
     """Go on with the decoder alone, on fixed `latents` (N, 8, 16, 16), so no UNet must relearn.
 
-    Crops are cut from the latents of whole pictures, as they are at inference, and made a little
-    noisy and a little off as a whole, as generated ones are (their background by 0.1 to 0.3): so
-    the decoder learns to keep whites white and edges sharp.
+    Crops are cut from the latents of whole pictures, as they are at inference: of those that the
+    UNet has `drawn` (N, 8, 16, 16) of the same pictures, and of the encoder's, made a little noisy
+    and a little off as a whole, as generated ones are (their background by 0.1 to 0.3). So the
+    decoder learns to keep whites white and edges sharp.
     """
     vae.requires_grad_(requires_grad=False)
     vae.decoder.requires_grad_(requires_grad=True)
     vae.post_quant_conv.requires_grad_(requires_grad=True)
-    loop = _loop_settings(settings, settings.decoder_steps)
+    loop = _loop_settings(settings, settings.decoder_steps, settings.decoder_rate)
 
     def loss_of(draws: Draws) -> Tensor:
         size, rows = _crop_of(draws.step, loop)
         cells = size // SCALE_FACTOR
-        corners = _corners(draws, rows, LATENT_SIZE - cells)
-        indices = draws.indices(len(pixels), rows=rows)
-        places = list(zip(indices, corners, strict=True))
-        crops = torch.stack(
-            [latents[i, :, top : top + cells, left : left + cells] for i, (top, left) in places]
-        )
-        pictures = torch.stack(
-            [
-                pixels[i, :, y : y + size, x : x + size]
-                for i, (y, x) in (
-                    (i, (top * SCALE_FACTOR, left * SCALE_FACTOR)) for i, (top, left) in places
-                )
-            ]
-        )
-        noise = torch.randn(crops.shape, generator=draws.generator)
-        crops += MAX_LATENT_NOISE * draws.random.random() * noise
-        offset = torch.randn(rows, LATENT_CHANNELS, 1, 1, generator=draws.generator)
-        crops += MAX_LATENT_OFFSET * draws.random.random() * offset
-        reconstruction = vae.decode(crops.to(memory_format=torch.channels_last)).sample
-        targets = to_unit_range(pictures)
-        return reconstruction_loss(reconstruction, targets) + SHARPNESS_WEIGHT * sharpness_loss(
-            reconstruction, targets
+        crops, pictures = [], []
+        for index, (top, left) in zip(
+            draws.indices(len(pixels), rows=rows),
+            _corners(draws, rows, LATENT_SIZE - cells),
+            strict=True,
+        ):
+            is_drawn = draws.random.random() < P_DRAWN
+            source = drawn[index] if is_drawn else _disturbed(latents[index], draws)
+            crops.append(source[:, top : top + cells, left : left + cells])
+            y, x = top * SCALE_FACTOR, left * SCALE_FACTOR
+            pictures.append(pixels[index, :, y : y + size, x : x + size])
+        batch = torch.stack(crops).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            reconstruction = vae.decode(batch).sample
+        targets = to_unit_range(torch.stack(pictures))
+        reconstruction = reconstruction.float()
+        return (
+            reconstruction_loss(reconstruction, targets)
+            + SHARPNESS_WEIGHT * sharpness_loss(reconstruction, targets)
+            + STEEPNESS_WEIGHT * steepness_loss(reconstruction, targets)
         )
 
     return cast(AutoencoderKL, train(vae, loss_of, loop, checkpoint))
@@ -210,10 +227,21 @@ def fold_normalisation(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     post.weight *= std.view(1, -1, 1, 1)
 
 
-def _loop_settings(settings: VaeSettings, steps: int) -> LoopSettings:
+def _disturbed(latents: Tensor, draws: Draws) -> Tensor:
+    """Return `latents` (8, 16, 16) with some noise, and off by a constant in each channel."""
+    noise = torch.randn(latents.shape, generator=draws.generator)
+    offset = torch.randn(LATENT_CHANNELS, 1, 1, generator=draws.generator)
+    return (
+        latents
+        + MAX_LATENT_NOISE * draws.random.random() * noise
+        + MAX_LATENT_OFFSET * draws.random.random() * offset
+    )
+
+
+def _loop_settings(settings: VaeSettings, steps: int, peak_rate: float) -> LoopSettings:
     return LoopSettings(
         steps=steps,
-        peak_rate=settings.peak_rate,
+        peak_rate=peak_rate,
         weight_decay=1e-3,
         average_decay=0.998,
         seed=settings.seed,

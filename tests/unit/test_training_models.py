@@ -20,7 +20,15 @@ from training.emoji_set import load_emoji_set
 from training.loop import Draws, LoopSettings, cosine_rate, train
 from training.retrieval import REFERENCE_SIZE, References, load_references, shrink
 from training.tokenizer import tokenize, train_tokenizer
-from training.vae import LATENT_CHANNELS, build_vae, fold_normalisation, sharpness_loss
+from training.vae import (
+    LATENT_CHANNELS,
+    VaeSettings,
+    build_vae,
+    fold_normalisation,
+    sharpness_loss,
+    steepness_loss,
+    train_decoder,
+)
 
 
 def settings(steps: int) -> LoopSettings:
@@ -74,6 +82,26 @@ def test_a_sharp_edge_two_pixels_off_costs_less_sharpness_than_a_blur_between_th
     blur = (picture + shifted) / 2
     assert sharpness_loss(picture, picture) == 0
     assert sharpness_loss(shifted, picture) < 0.5 * sharpness_loss(blur, picture)
+    assert steepness_loss(picture, picture) == 0
+    assert steepness_loss(shifted, picture) < 0.5 * steepness_loss(blur, picture)
+
+
+def test_the_decoder_alone_learns_from_what_was_drawn(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = build_vae()
+    before = {name: weight.clone() for name, weight in vae.state_dict().items()}
+    latents = torch.randn(3, LATENT_CHANNELS, 16, 16)
+    train_decoder(
+        vae,
+        latents=latents,
+        drawn=latents + 0.5,
+        pixels=torch.randint(0, 256, (3, 3, 128, 128), dtype=torch.uint8),
+        settings=VaeSettings(decoder_steps=2),
+        checkpoint=tmp_path / "decoder.pt",
+    )
+    changed = {name for name, weight in vae.state_dict().items() if not weight.equal(before[name])}
+    assert changed
+    assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)
 
 
 def test_training_resumed_ends_where_training_in_one_go_ends(tmp_path: Path) -> None:

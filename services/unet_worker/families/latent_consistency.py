@@ -8,6 +8,7 @@ import torch
 
 from services.unet_worker.families.protocol import ConditionSpec, Encoding
 from services.unet_worker.families.stable_diffusion import StableDiffusion
+from services.unet_worker.families.vocabulary import Vocabulary
 from shared.errors import ConfigurationError
 from shared.latents_format import LatentsFormat
 from shared.messages import ImageParameters
@@ -31,6 +32,7 @@ class LatentConsistency(StableDiffusion):
         pipeline: Any,
         latents_format: LatentsFormat,
         *,
+        vocabulary: Vocabulary | None = None,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -39,7 +41,9 @@ class LatentConsistency(StableDiffusion):
             raise ConfigurationError(
                 "unet/config.json: time_cond_proj_dim should be the guidance embedding's width"
             )
-        super().__init__(pipeline, latents_format, device=device, dtype=dtype)
+        super().__init__(
+            pipeline, latents_format, vocabulary=vocabulary, device=device, dtype=dtype
+        )
         self.conditions = {
             **self.conditions,
             "timestep_cond": ConditionSpec(shape=(channels,), dtype=dtype),

@@ -10,6 +10,7 @@ import transformers
 from services.unet_worker.families.latent_consistency import LatentConsistency
 from services.unet_worker.families.protocol import Family
 from services.unet_worker.families.stable_diffusion import StableDiffusion
+from services.unet_worker.families.vocabulary import read_vocabulary
 from shared.device import DtypeName, choose_device, choose_dtype
 from shared.errors import ConfigurationError
 from shared.latents_format import read_latents_format
@@ -59,4 +60,10 @@ def load_family(folder: Path | str, *, device: str = "auto", dtype: DtypeName = 
     takes_scale = unet.config.time_cond_proj_dim is not None
     is_consistency = takes_scale or pipeline_class is diffusers.LatentConsistencyModelPipeline
     family = LatentConsistency if is_consistency else StableDiffusion
-    return family(pipeline, latents_format, device=torch_device, dtype=torch_dtype)
+    return family(
+        pipeline,
+        latents_format,
+        vocabulary=read_vocabulary(folder),
+        device=torch_device,
+        dtype=torch_dtype,
+    )

@@ -15,6 +15,7 @@ from services.unet_worker.families.protocol import (
     InitialState,
     ModelFacts,
 )
+from services.unet_worker.families.vocabulary import Vocabulary, unknown_word_warnings
 from shared.errors import ConfigurationError
 from shared.latents_format import LatentsFormat
 from shared.messages import ImageParameters
@@ -29,6 +30,7 @@ class StableDiffusion:
     Args:
         pipeline: On the CPU, as `load_family` loads it.
         latents_format: Of the folder's VAE.
+        vocabulary: The words that the model knows, None where its folder does not say.
         device: Where to compute.
         dtype: What to compute in.
 
@@ -42,6 +44,7 @@ class StableDiffusion:
         pipeline: Any,
         latents_format: LatentsFormat,
         *,
+        vocabulary: Vocabulary | None = None,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -54,6 +57,7 @@ class StableDiffusion:
         self.network: torch.nn.Module = UnetNetwork(self.unet)
         self.noise_scheduler = pipeline.scheduler
         self.prompt_encoder = PromptEncoder(pipeline, device=device)
+        self.vocabulary = vocabulary
         self.latents_format = latents_format
         self.facts = _read_facts(pipeline, latents_format)
         self.device = device
@@ -69,23 +73,24 @@ class StableDiffusion:
         return parameters.guidance_scale > 1
 
     def encode(self, parameters: ImageParameters) -> Encoding:
-        """Return the prompts' embeddings, with a warning for each that is too long."""
+        """Return the prompts' embeddings, with warnings of what the model can't see in them."""
         prompts = {"prompt": parameters.prompt}
         if self.is_guided(parameters):
             prompts["negative_prompt"] = parameters.negative_prompt
         encoded = {name: self.prompt_encoder.encode(text) for name, text in prompts.items()}
         positive = encoded["prompt"]
         negative = encoded.get("negative_prompt", positive)
-        warnings = tuple(
+        warnings = [
             f"{name}: the last {embedding.num_dropped_tokens} tokens were dropped; "
             f"the model sees {self.facts.max_prompt_tokens}"
             for name, embedding in encoded.items()
             if embedding.num_dropped_tokens
-        )
+        ]
+        warnings += unknown_word_warnings(prompts, self.vocabulary)
         return Encoding(
             negative={"prompt_embeds": negative.embeds},
             positive={"prompt_embeds": positive.embeds},
-            warnings=warnings,
+            warnings=tuple(warnings),
         )
 
     def latents_shape(self, parameters: ImageParameters) -> tuple[int, int, int]:
