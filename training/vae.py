@@ -25,7 +25,8 @@ MAX_LATENT_NOISE = 0.3  # standard deviations; latents have 1
 MAX_LATENT_OFFSET = 0.3  # of a whole crop's
 SHARPNESS_WINDOW = 8  # pixels
 SHARPNESS_WEIGHT = 8.0
-STEEPNESS_WEIGHT = 30.0
+STEEPNESS_WEIGHT = 20.0
+SOFTNESS_COST = 4.0
 P_DRAWN = 0.7  # of a crop that the UNet has drawn, rather than one of the encoder's made noisy
 CROPS = ((64, 4), (64, 4), (96, 2), (PICTURE_SIZE, 1))  # (pixels, rows) of like cost, in turn
 
@@ -88,9 +89,14 @@ def sharpness_loss(reconstruction: Tensor, pictures: Tensor) -> Tensor:
 
 
 def steepness_loss(reconstruction: Tensor, pictures: Tensor) -> Tensor:
-    """L1 of the steepest gradient in every small window, which is how sharpness is measured."""
+    """L1 of the steepest gradient in every small window, which is how sharpness is measured.
+
+    Too soft costs more than too crisp: where it is open whether there is an edge, the L1's median
+    would be the softer.
+    """
     steepness, wanted = (edge_steepness((images + 1) / 2) for images in (reconstruction, pictures))
-    return (steepness - wanted).abs().mean()
+    missing = wanted - steepness
+    return torch.maximum(SOFTNESS_COST * missing, -missing).mean()
 
 
 def _gradient_strength(pictures: Tensor) -> Tensor:
