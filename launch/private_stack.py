@@ -50,6 +50,7 @@ def private_stack(
         )
         stack = subprocess.Popen(  # noqa: S603 (our own command)
             up.child_command,
+            env=dict(up.environment),
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=said,
