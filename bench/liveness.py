@@ -185,7 +185,7 @@ async def overload(url: str, *, seed: int, duration_s: float, pictures: int) -> 
         load = Load(session, seed=seed)
         capacity = await load.capacity(clients=CLIENTS, pictures=pictures)
         answers = await load.open_loop(per_s=OVERLOAD * capacity, duration_s=duration_s)
-        errors = await load.retry_after_errors(3 if duration_s < 60 else 9)  # noqa: PLR2004
+        errors = await load.retry_after_errors(2 if duration_s < 60 else 5)  # noqa: PLR2004
     num_pictures = answers.num_by_status.get(200, 0)
     return {
         "capacity_per_s": capacity,
